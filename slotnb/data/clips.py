@@ -25,7 +25,7 @@ from ..core import fingerprint, generator, one_of
 def _shown(x) -> str:
     return f'{str(x.dtype).removeprefix("torch.")} {tuple(x.shape)}' if hasattr(x, 'shape') else type(x).__name__
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Clip:
     "Frames of one video (an image: one frame), with what is known about them."
     video: Tensor # uint8 (T, C, H, W), C is 3 or 1
@@ -42,7 +42,8 @@ class Clip:
             raise ValueError(f'labels of clip {self.name!r} must be a uint8 tensor {(len(v), *v.shape[2:])} as its video, got {_shown(l)}')
         for key, x in self.truth.items():
             if not isinstance(x, Tensor) or x.ndim == 0 or len(x) != len(v):
-                raise ValueError(f'truth {key!r} of clip {self.name!r} must be a tensor with one row for each of its {len(v)} frames, got {_shown(x)}')
+                raise ValueError(f'truth {key!r} of clip {self.name!r} must be a tensor with one row for each of its {len(v)} frames, got '
+                                 f'{_shown(x)}')
 
     @property
     def name(self) -> str: return str(self.meta.get('name', 'unnamed'))
@@ -76,7 +77,8 @@ def cut(
 # %% ../../nbs/10_data/10_clips.ipynb #c052f751
 def _pair(size, what: str) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(s, int) and s >= 1 for s in pair): raise ValueError(f'{what} must be a positive integer or (height, width), got {size!r}')
+    if len(pair) != 2 or not all(isinstance(s, int) and s >= 1 for s in pair):
+        raise ValueError(f'{what} must be a positive integer or (height, width), got {size!r}')
     return pair
 
 def resize(
@@ -90,6 +92,7 @@ def resize(
     labels = None if clip.labels is None else F.interpolate(clip.labels[:, None], size, mode='nearest-exact')[:, 0]
     return replace(clip, video=F.interpolate(clip.video, size, mode='bilinear', antialias=antialias, align_corners=False), labels=labels)
 
+# %% ../../nbs/10_data/10_clips.ipynb #7efddb58
 def center_crop(
     clip: Clip,
     size: int | tuple[int, int] | None=None, # (H, W); `None`: the largest square
@@ -101,6 +104,7 @@ def center_crop(
     y, x = (h - ch)//2, (w - cw)//2
     return replace(clip, video=clip.video[:, :, y:y+ch, x:x+cw], labels=None if clip.labels is None else clip.labels[:, y:y+ch, x:x+cw])
 
+# %% ../../nbs/10_data/10_clips.ipynb #fb5f0a2e
 def grayscale(
     clip: Clip,
     channels: int=3, # 3: three equal channels, so any model runs unchanged; 1: one
@@ -131,7 +135,8 @@ def to_uint8(
 ) -> Tensor: # uint8 on the CPU
     "Floats to bytes: clamped and rounded."
     if video.dtype == torch.uint8: return video.cpu()
-    if not torch.isfinite(video).all(): raise ValueError(f'{_shown(video)} has {int((~torch.isfinite(video)).sum())} pixels that are NaN or infinite')
+    if not torch.isfinite(video).all():
+        raise ValueError(f'{_shown(video)} has {int((~torch.isfinite(video)).sum())} pixels that are NaN or infinite')
     return video.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
 
 # %% ../../nbs/10_data/10_clips.ipynb #ea986477
@@ -144,6 +149,7 @@ def read_window(
     if hasattr(dataset, 'window'): return dataset.window(i, start, length, step)
     return cut(dataset[i], start, length, step)
 
+# %% ../../nbs/10_data/10_clips.ipynb #02169ee9
 def stack(
     clips: list[Clip], # of one size and length
     index: Tensor | None=None, # int64 (B,), which ones they are
@@ -151,7 +157,8 @@ def stack(
     "Clips as a batch."
     for c in clips:
         if c.video.shape != clips[0].video.shape:
-            raise ValueError(f'clips of one batch must have one shape: {clips[0].name!r} is {tuple(clips[0].video.shape)}, {c.name!r} is {tuple(c.video.shape)}')
+            raise ValueError(f'clips of one batch must have one shape: {clips[0].name!r} is {tuple(clips[0].video.shape)}, {c.name!r} is '
+                             f'{tuple(c.video.shape)}')
         if (c.labels is None) != (clips[0].labels is None):
             raise ValueError(f'clips of one batch must all have labels or none: {clips[0].name!r} and {c.name!r} differ')
     return dict(video=torch.stack([c.video for c in clips]),
@@ -180,7 +187,8 @@ class ClipList:
         if not self.clips: raise ValueError(f'data set {name!r} is empty: it needs at least one clip')
         if len({c.labels is None for c in self.clips}) > 1:
             bare = [c.name for c in self.clips if c.labels is None]
-            raise ValueError(f'{len(bare)} of the {len(self.clips)} clips of {name!r} have no labels ({", ".join(bare[:3])}): all must have them or none')
+            raise ValueError(f'{len(bare)} of the {len(self.clips)} clips of {name!r} have no labels ({", ".join(bare[:3])}): all must have '
+                             'them or none')
         self.lengths = [len(c) for c in self.clips]
     def __len__(self): return len(self.clips)
     def __getitem__(self, i) -> Clip: return self.clips[i]
@@ -209,6 +217,7 @@ class _Through:
     @property
     def settings(self) -> dict: return dict(getattr(self.dataset, 'settings', {}))
 
+# %% ../../nbs/10_data/10_clips.ipynb #a74362cc
 class Subset(_Through):
     "Some clips of a data set, in the order given."
     def __init__(self,
@@ -221,15 +230,16 @@ class Subset(_Through):
         wrong = [i for i in self.indices if not 0 <= i < len(dataset)]
         if wrong or not self.indices:
             raise ValueError(f'a subset of {dataset.name!r} needs indices from 0 to {len(dataset) - 1}, got {wrong or "none at all"}')
-        self.lengths = [dataset.lengths[i] for i in self.indices]
+        self.lengths, self._index = [dataset.lengths[i] for i in self.indices], torch.tensor(self.indices)
     def __len__(self): return len(self.indices)
     def __getitem__(self, i) -> Clip: return self.dataset[self.indices[i]]
     def window(self, i, start, length, step=1): return read_window(self.dataset, self.indices[i], start, length, step)
     def gather(self, index, start, length, step=1):
-        return {**gather(self.dataset, torch.tensor(self.indices)[index], start, length, step), 'index': index}
+        return {**gather(self.dataset, self._index[index], start, length, step), 'index': index}
     @property
     def fingerprint(self): return fingerprint([self.dataset.fingerprint, self.indices])
 
+# %% ../../nbs/10_data/10_clips.ipynb #95df49be
 class Mapped(_Through):
     "A data set seen through a transform that treats every frame by itself."
     def __init__(self,
@@ -247,13 +257,15 @@ class Mapped(_Through):
     @property
     def settings(self): return {**super().settings, 'transform': [*super().settings.get('transform', []), self.how]}
 
+# %% ../../nbs/10_data/10_clips.ipynb #477a538a
 def split(
     dataset, # any data set of at least two clips
     n_eval: int, # clips held out
     seed: int=0,
 ) -> tuple[Subset, Subset]: # (train, eval): disjoint, together everything
     "Hold out `n_eval` clips drawn by the seed."
-    if not 1 <= n_eval < len(dataset): raise ValueError(f'n_eval must be from 1 to {len(dataset) - 1} for the {len(dataset)} clips of {dataset.name!r}, got {n_eval}')
+    if not 1 <= n_eval < len(dataset):
+        raise ValueError(f'n_eval must be from 1 to {len(dataset) - 1} for the {len(dataset)} clips of {dataset.name!r}, got {n_eval}')
     order = torch.randperm(len(dataset), generator=generator(seed, 'split')).tolist()
     return Subset(dataset, sorted(order[n_eval:]), f'{dataset.name} train'), Subset(dataset, sorted(order[:n_eval]), f'{dataset.name} eval')
 
@@ -272,7 +284,8 @@ class Windows(_Through):
             if not isinstance(v, int) or v < 1: raise ValueError(f'{what} of a window must be a positive integer, got {v!r}')
         short = [i for i, n in enumerate(dataset.lengths) if n < span(length, step)]
         if short:
-            raise ValueError(f'clip {dataset[short[0]].name!r} has {dataset.lengths[short[0]]} frames, but a window of {length} with step {step} needs '
+            raise ValueError(f'clip {dataset[short[0]].name!r} has {dataset.lengths[short[0]]} frames, but a window of {length} with step '
+                             f'{step} needs '
                              f'{span(length, step)} ({len(short)} of the {len(dataset)} clips of {dataset.name!r} are too short)')
         self.ends = np.cumsum([(n - span(length, step))//self.stride + 1 for n in dataset.lengths])
         self.lengths = [length]*len(self)
@@ -331,7 +344,8 @@ class Loader:
         for what, v, low in (('batch_size', batch_size, 1), ('workers', workers, 0)):
             if not isinstance(v, int) or v < low: raise ValueError(f'{what} must be an integer of at least {low}, got {v!r}')
         if len(set(dataset.lengths)) > 1:
-            raise ValueError(f'clips of {dataset.name!r} have from {min(dataset.lengths)} to {max(dataset.lengths)} frames: a loader needs equal lengths. Wrap them in Windows')
+            raise ValueError(f'clips of {dataset.name!r} have from {min(dataset.lengths)} to {max(dataset.lengths)} frames: a loader needs '
+                             'equal lengths. Wrap them in Windows')
         if drop_last and len(dataset) < batch_size:
             raise ValueError(f'{dataset.name!r} has {len(dataset)} items, fewer than batch_size {batch_size}: lower it, or drop_last=False')
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle

@@ -8,7 +8,7 @@ __all__ = ['VIDEOS', 'IMAGES', 'LAYOUTS', 'FolderConfig', 'BrokenFile', 'video_f
            'open_data']
 
 # %% ../../nbs/10_data/40_folder.ipynb #681fe339
-import math, os, re, warnings
+import math, re, warnings, weakref
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -33,9 +33,6 @@ class FolderConfig(Config):
     crop: str = 'center'       # 'center': cut to the shape of `size` before resizing; 'none': squeeze
     fps: float | None = None   # frames per second, picked by time stamps; None: every frame
     max_frames: int = 3000     # of one clip; a longer file is read up to here, and a note says so
-    window: int | None = None  # frames of an item; None: whole clips
-    step: int = 1              # frames from one to the next inside a window
-    stride: int | None = None  # frames from one window's start to the next one's; None: 1 for training, no overlap when held out
     images: str = 'stills'     # 'stills': one image, one clip; 'frames': one folder, one clip
     masks: str = 'auto'        # 'auto': where there are any; 'none': ignored
     background: int = 0        # the id, or channel, of the background in mask files
@@ -44,14 +41,14 @@ class FolderConfig(Config):
     max_gb: float = 4.         # of decoded clips in memory; more is refused
 
     def __post_init__(self):
-        for name, allowed in dict(crop=('center', 'none'), images=('stills', 'frames'), masks=('auto', 'none'), on_error=('raise', 'salvage', 'skip')).items():
+        choices = dict(crop=('center', 'none'), images=('stills', 'frames'), masks=('auto', 'none'), on_error=('raise', 'salvage', 'skip'))
+        for name, allowed in choices.items():
             one_of(f'{name} of FolderConfig', getattr(self, name), allowed)
         sizes = self.size if isinstance(self.size, tuple) else (self.size, self.size)
         if self.size is not None and (len(sizes) != 2 or not all(type(s) is int and s >= 1 for s in sizes)):
             raise ValueError(f'size must be a positive integer, (height, width) or None, got {self.size!r}')
-        for name, optional in dict(max_frames=False, window=True, step=False, stride=True).items():
-            v = getattr(self, name)
-            if not (v is None and optional) and not (type(v) is int and v >= 1): raise ValueError(f'{name} must be a positive integer{" or None"*optional}, got {v!r}')
+        if not (type(self.max_frames) is int and self.max_frames >= 1):
+            raise ValueError(f'max_frames must be a positive integer, got {self.max_frames!r}')
         if self.fps is not None and not 0 < self.fps < math.inf: raise ValueError(f'fps must be a positive number or None, got {self.fps!r}')
         if not 0 <= self.background <= 255: raise ValueError(f'background must be an id from 0 to 255, got {self.background!r}')
 
@@ -64,7 +61,8 @@ def _av_open(path: Path):
     av = require('av', 'data')
     if not path.stat().st_size: raise BrokenFile(f'{path} is empty (0 bytes)')
     try: box = av.open(str(path))
-    except av.FFmpegError as e: raise BrokenFile(f'{path} cannot be opened as a video: {e.strerror} (cut off, damaged, or no video at all)') from None
+    except av.FFmpegError as e: raise BrokenFile(f'{path} cannot be opened as a video: {e.strerror} (cut off, damaged, or no video at '
+                                                 'all)') from None
     if box.streams.video: return box, box.streams.video[0]
     kinds = sorted({s.type for s in box.streams})
     box.close()
@@ -72,11 +70,15 @@ def _av_open(path: Path):
 
 def _promised_end(box, stream) -> Fraction | None:
     "When the header says the video ends, in seconds."
-    if box.format.name == 'avi' and stream.frames and stream.average_rate: return stream.frames/stream.average_rate  # its duration is an estimate from the size
+    if box.format.name == 'avi' and stream.frames and stream.average_rate:
+        return stream.frames/stream.average_rate  # its duration is an estimate from the file's size
     if stream.duration is not None: return ((stream.start_time or 0) + stream.duration)*stream.time_base
-    if box.duration is not None and len(box.streams) == 1: return Fraction(box.duration, 10**6)  # Matroska: for the whole file only
+    if clock := re.fullmatch(r'(\d+):(\d+):([\d.]+)', stream.metadata.get('DURATION', '')):
+        return int(clock[1])*3600 + int(clock[2])*60 + Fraction(clock[3])
+    if box.duration is not None and len(box.streams) == 1: return Fraction(box.duration, 10**6)  # of the whole file
     return None
 
+# %% ../../nbs/10_data/40_folder.ipynb #c5897ecf
 def video_frames(
     path: str | Path,
 ): # yields (seconds since the first frame, uint8 (1, 3, H, W))
@@ -98,7 +100,8 @@ def video_frames(
         except av.FFmpegError as e: raise broken(e.strerror) from None
         promised = _promised_end(box, stream)
         if n == 0: raise BrokenFile(f'{path} holds no frame')
-        if promised is not None and end < promised - max(Fraction(1, 10), 2/rate): raise broken(f'it ends after {float(end):.2f} s, its header promises {float(promised):.2f} s')
+        if promised is not None and end < promised - max(Fraction(1, 10), 2/rate):
+            raise broken(f'it ends after {float(end):.2f} s, its header promises {float(promised):.2f} s')
         if path.suffix.lower() == '.gif' and not path.read_bytes().rstrip(b'\0').endswith(b';'): raise broken('the file is cut off')
 
 def _pixels(frame) -> Tensor: # uint8 (1, 3, H, W)
@@ -148,7 +151,8 @@ def read_video(
     box, stream = _av_open(path)
     rate = float(stream.average_rate) if stream.average_rate else None
     box.close()
-    if config.fps and rate and config.fps > rate*1.01: raise ValueError(f'fps {config.fps:g} is above the {rate:g} frames per second of {path}: frames would only be repeated')
+    if config.fps and rate and config.fps > rate*1.01:
+        raise ValueError(f'fps {config.fps:g} is above the {rate:g} frames per second of {path}: frames would only be repeated')
     ids = _beside(path.with_name(f'{path.stem}_masks.npz'), config)
     seen, parts, meta = 0, [], dict(name=name or path.name, fps=config.fps or rate, source=path.name)
     def count():
@@ -164,7 +168,8 @@ def read_video(
     except BrokenFile as e:
         if config.on_error != 'salvage' or not parts: raise
         meta['note'] = f'salvaged {len(parts)} frames: {e}'
-    if ids is not None and 'note' not in meta and len(ids) != seen: raise ValueError(f'{path} has {seen} frames, but its masks are {len(ids)}')
+    if ids is not None and 'note' not in meta and len(ids) != seen:
+        raise ValueError(f'{path} has {seen} frames, but its masks are {len(ids)}')
     return _join(parts, meta)
 
 # %% ../../nbs/10_data/40_folder.ipynb #eee63934
@@ -184,7 +189,8 @@ def _ids_of(ids, i: int, frame: Tensor, path: Path) -> Tensor | None: # uint8 (1
 def _background_first(ids: np.ndarray, background: int, path) -> Tensor: # uint8, background 0
     "Integer ids as labels: `background` and 0 change places."
     if ids.dtype.kind not in 'iu': raise ValueError(f'labels of {path} must be integers, got {ids.dtype}')
-    if ids.size and (ids.min() < 0 or ids.max() > 255): raise ValueError(f'labels of {path} must be from 0 to 255, got {ids.min()} to {ids.max()}')
+    if ids.size and (ids.min() < 0 or ids.max() > 255):
+        raise ValueError(f'labels of {path} must be from 0 to 255, got {ids.min()} to {ids.max()}')
     swap = torch.arange(256, dtype=torch.uint8)
     swap[background], swap[0] = 0, background
     return swap[torch.from_numpy(ids.astype(np.int64))]
@@ -196,13 +202,16 @@ def labels_from_masks(
     path='masks', # for errors
 ) -> Tensor: # uint8 (..., H, W), 0 = background
     "Integer labels of one-hot masks."
-    if masks.dtype.kind not in 'biuf' or masks.ndim < 3: raise ValueError(f'masks of {path} must be one-hot numbers (..., K, H, W), got {masks.dtype} {masks.shape}')
-    if masks.dtype.kind == 'f' and np.isnan(masks).any(): raise ValueError(f'masks of {path} have {np.isnan(masks).sum()} values that are NaN')
+    if masks.dtype.kind not in 'biuf' or masks.ndim < 3:
+        raise ValueError(f'masks of {path} must be one-hot numbers (..., K, H, W), got {masks.dtype} {masks.shape}')
+    if masks.dtype.kind == 'f' and np.isnan(masks).any():
+        raise ValueError(f'masks of {path} have {np.isnan(masks).sum()} values that are NaN')
     on = masks > 0
     if not np.isin(masks, (0, 255) if masks.dtype != bool and masks.max(initial=0) == 255 else (0, 1)).all():
         raise ValueError(f'masks of {path} must be one-hot (0 and 1, or 0 and 255), got values from {masks.min():g} to {masks.max():g}')
     owners = on.sum(-3)
-    if owners.max(initial=0) > 1: raise ValueError(f'masks of {path} overlap in {(owners > 1).sum()} pixels: each pixel has one owner at most')
+    if owners.max(initial=0) > 1:
+        raise ValueError(f'masks of {path} overlap in {(owners > 1).sum()} pixels: each pixel has one owner at most')
     if on.shape[-3] > 255: raise ValueError(f'masks of {path} have {on.shape[-3]} channels: labels go up to 255')
     channel = on.argmax(-3)
     if (owners == 0).any(): return torch.from_numpy(np.where(owners == 0, 0, channel + 1).astype(np.uint8))
@@ -224,14 +233,17 @@ def find_layout(
         if sorted(set(layout) | set('HW')) != sorted(layout) or not set(layout) <= set('NTCHW'):
             raise ValueError(f'layout must name each axis once, out of N, T, C, H, W and with H and W, got {layout!r}')
         if len(layout) != len(shape): raise ValueError(f'layout {layout!r} has {len(layout)} axes, but {key!r} of {path} is {shape}')
-        if 'C' in layout and shape[layout.index('C')] not in (1, 3): raise ValueError(f'layout {layout!r} gives {key!r} {shape} of {path} {shape[layout.index("C")]} channels: allowed are 1 and 3')
+        if 'C' in layout and shape[layout.index('C')] not in (1, 3):
+            raise ValueError(f'layout {layout!r} gives {key!r} {shape} of {path} {shape[layout.index("C")]} channels: allowed are 1 and 3')
         return layout
     def fits(l):
         of = dict(zip(l, shape))
         return len(l) == len(shape) and of.get('C', 3) in (1, 3) and min(of['H'], of['W']) >= 8
     found = [l for l in LAYOUTS[key] if fits(l)]
     if len(found) == 1: return found[0]
-    if not found: raise ValueError(f'{key!r} of {path} is {shape}: allowed are {", ".join(LAYOUTS[key])} with C = 1 or 3 and at least 8x8 pixels; for another order say layout=')
+    if not found:
+        raise ValueError(f'{key!r} of {path} is {shape}: allowed are {", ".join(LAYOUTS[key])} with C = 1 or 3 and at least 8x8 pixels; for '
+                         'another order say layout=')
     raise ValueError(f'{key!r} of {path} is {shape}, which may be {" or ".join(found)}: say which by layout={found[0]!r}')
 
 # %% ../../nbs/10_data/40_folder.ipynb #5305df50
@@ -263,6 +275,7 @@ def _beside(path: Path, config: FolderConfig) -> Tensor | None: # uint8 (T, H, W
     if x.ndim < 3: raise ValueError(f'masks in {path} must be (T, H, W) or one-hot (T, K, H, W), got {x.shape}')
     return _npz_labels(z, (1, len(x), *x.shape[-2:]), config.background, path)[0]
 
+# %% ../../nbs/10_data/40_folder.ipynb #565ee77f
 def read_npz(
     path: str | Path,
     config: FolderConfig=FolderConfig(), # size, crop, masks, background, layout, max_frames
@@ -274,9 +287,11 @@ def read_npz(
     keys = [k for k in ('video', 'image') if k in z]
     if len(keys) != 1: raise ValueError(f'{path} must hold either "video" or "image", got {sorted(z)}')
     x = z[keys[0]]
-    if x.dtype.kind == 'f' and np.isnan(x).any(): raise ValueError(f'{keys[0]!r} of {path} has {np.isnan(x).sum()} pixels that are NaN; it must be uint8')
+    if x.dtype.kind == 'f' and np.isnan(x).any():
+        raise ValueError(f'{keys[0]!r} of {path} has {np.isnan(x).sum()} pixels that are NaN; it must be uint8')
     if x.dtype != np.uint8:
-        raise ValueError(f'{keys[0]!r} of {path} must be uint8 from 0 to 255, got {x.dtype}' + (f' from {x.min():g} to {x.max():g}' if x.size and x.dtype.kind in 'iuf' else ''))
+        raise ValueError(f'{keys[0]!r} of {path} must be uint8 from 0 to 255, got '
+                         f'{x.dtype}' + (f' from {x.min():g} to {x.max():g}' if x.size and x.dtype.kind in 'iuf' else ''))
     if not x.size: raise BrokenFile(f'{keys[0]!r} of {path} is empty: {x.shape}')
     layout = find_layout(x.shape, keys[0], config.layout, path)
     for axis in 'NTC':
@@ -301,9 +316,11 @@ def _open_image(path: Path):
 def _read_ids(path: Path, background: int) -> Tensor: # uint8 (H, W)
     "Object ids of a palette or grey PNG."
     image = _open_image(path)
-    if image.mode not in ('1', 'L', 'P', 'I', 'I;16'): raise ValueError(f'mask {path} must be a palette or grey image whose values are ids, got mode {image.mode}')
+    if image.mode not in ('1', 'L', 'P', 'I', 'I;16'):
+        raise ValueError(f'mask {path} must be a palette or grey image whose values are ids, got mode {image.mode}')
     return _background_first(np.asarray(image).astype(np.int64), background, path)
 
+# %% ../../nbs/10_data/40_folder.ipynb #0247daf4
 def read_image(
     path: str | Path,
     config: FolderConfig=FolderConfig(), # size, crop, masks, background
@@ -313,12 +330,14 @@ def read_image(
     path = _existing(path)
     one_of(f'image format of {path}', path.suffix.lower(), IMAGES)
     image = _open_image(path)
-    if image.mode not in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr'): raise ValueError(f'{path} must have 8 bits per channel, got mode {image.mode}')
+    if image.mode not in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr'):
+        raise ValueError(f'{path} must have 8 bits per channel, got mode {image.mode}')
     frame = rearrange(torch.from_numpy(np.array(image.convert('RGB'))), 'h w c -> 1 c h w')
     mask = path.parent/'masks'/f'{path.stem}.png'
     ids = [_read_ids(mask, config.background)] if config.masks == 'auto' and mask.is_file() else None
     return fit_to(Clip(frame, _ids_of(ids, 0, frame, path), meta=dict(name=name or path.name, fps=None, source=path.name)), config.size, config.crop)
 
+# %% ../../nbs/10_data/40_folder.ipynb #79b49304
 def read_frames(
     paths: list[Path], # images of one clip, in order
     config: FolderConfig=FolderConfig(), # as `read_image`, and max_frames, on_error
@@ -326,7 +345,8 @@ def read_frames(
 ) -> Clip:
     "Images as the frames of one clip, with masks from `masks/<frame>.png`, or `<folder>_masks.npz` beside the folder."
     ids = _beside(paths[0].parent.with_name(f'{paths[0].parent.name}_masks.npz'), config)
-    if ids is not None and len(ids) != len(paths): raise ValueError(f'{paths[0].parent} has {len(paths)} frames, but its masks are {len(ids)}')
+    if ids is not None and len(ids) != len(paths):
+        raise ValueError(f'{paths[0].parent} has {len(paths)} frames, but its masks are {len(ids)}')
     parts, meta = [], dict(name=name, fps=None, source=name)
     for i, path in enumerate(paths):
         if i == config.max_frames: meta['note'] = f'read up to max_frames={i}'; break
@@ -336,7 +356,8 @@ def read_frames(
             meta['note'] = f'salvaged {len(parts)} frames: broken at frame {i} of {len(paths)} ({e})'; break
         if ids is not None: part = fit_to(replace(part, labels=_ids_of(ids, i, part.video, path)), config.size, config.crop)
         if parts and (part.video.shape != parts[0].video.shape or (part.labels is None) != (parts[0].labels is None)):
-            raise ValueError(f'frame {path.name} of {name} is {tuple(part.video.shape[2:])} {"without" if part.labels is None else "with"} mask, unlike the frames before: '
+            raise ValueError(f'frame {path.name} of {name} is {tuple(part.video.shape[2:])} {"without" if part.labels is None else "with"} '
+                             'mask, unlike the frames before: '
                              f'{tuple(parts[0].video.shape[2:])} {"without" if parts[0].labels is None else "with"} mask')
         parts.append(part)
     return _join(parts, meta)
@@ -358,7 +379,8 @@ def find_inputs(
     mine = sorted((p for p in every if p.suffix.lower() in kinds and p.parent.name != 'masks' and not p.name.endswith('_masks.npz')), key=_natural)
     if not mine:
         others = ', '.join(sorted({p.suffix or p.name for p in every})[:6])
-        raise ValueError(f'{path} holds nothing to read: allowed are {", ".join(kinds)}; found {len(every)} other files{f" ({others})" if others else ""}')
+        raise ValueError(f'{path} holds nothing to read: allowed are {", ".join(kinds)}; found {len(every)} other '
+                         f'files{f" ({others})" if others else ""}')
     found = [(kinds[p.suffix.lower()], p) for p in mine]
     if images == 'stills': return found
     folders = {}
@@ -379,11 +401,13 @@ class Folder(ClipList):
             new = self._read(kind, files)
             clips, size = clips + new, size + sum(c.video.nbytes + (0 if c.labels is None else c.labels.nbytes) for c in new)
             if size > config.max_gb*1e9:
-                raise ValueError(f'{self.path} needs more than max_gb={config.max_gb:g} GB decoded, reached at {files}: choose a smaller size, fps or max_frames, or raise max_gb')
+                raise ValueError(f'{self.path} needs more than max_gb={config.max_gb:g} GB decoded, reached at {files}: choose a smaller '
+                                 'size, fps or max_frames, or raise max_gb')
         self._agree(clips)
         for n in self.notes:
             if 'broken' in n or 'left out' in n or config.max_frames == FolderConfig.max_frames: warnings.warn(n, stacklevel=2)
-        super().__init__(clips, self.path.name, dict(config.to_dict(), path=str(path), files=len(inputs), clips=len(clips), frames=sum(map(len, clips)), notes=self.notes))
+        counts = dict(files=len(inputs), clips=len(clips), frames=sum(map(len, clips)))
+        super().__init__(clips, self.path.name, dict(config.to_dict(), path=str(path), **counts, notes=self.notes))
 
     def _read(self, kind, files) -> list[Clip]:
         where = files[0].parent if kind == 'frames' else files
@@ -404,7 +428,8 @@ class Folder(ClipList):
         for c in clips:
             if c.video.shape[2:] != clips[0].video.shape[2:]:
                 (h, w), (h2, w2) = clips[0].video.shape[2:], c.video.shape[2:]
-                raise ValueError(f'{self.path} has clips of different sizes, {clips[0].name!r} is {h}x{w} and {c.name!r} {h2}x{w2}: choose a size')
+                raise ValueError(f'{self.path} has clips of different sizes, {clips[0].name!r} is {h}x{w} and {c.name!r} {h2}x{w2}: choose '
+                                 'a size')
 
 # %% ../../nbs/10_data/40_folder.ipynb #67d76328
 def _parts(data: Folder, need: int, seed: int) -> tuple: # (train, held out, how), need = frames of a window
@@ -415,7 +440,8 @@ def _parts(data: Folder, need: int, seed: int) -> tuple: # (train, held out, how
         order = torch.randperm(n, generator=generator(seed, 'split')).tolist()
         k = max(1, round(n/5))
         held = sorted(order[:k])
-        return Subset(data, sorted(order[k:])), Subset(data, held), f'clips: {k} of {n} held out ({", ".join(data[i].name for i in held[:5])}{", ..." if k > 5 else ""})'
+        names = ', '.join(data[i].name for i in held[:5]) + ', ...'*(k > 5)
+        return Subset(data, sorted(order[k:])), Subset(data, held), f'clips: {k} of {n} held out ({names})'
     t = data.lengths[0]
     gap, tail = max(1, round(t/20)), max(need, round(t/5))
     if t - tail - gap < need: return data, data, f'shared: the one clip of {t} frames is too short to hold out a part of it'
@@ -428,20 +454,31 @@ class Part(Subset):
     def __init__(self,
         dataset, # any data set
         name: str,
-        n: int | None=None, # how many of its clips; `None`: all
-        more: dict | None=None, # added to the settings
+        n: int, # how many of its clips
+        source: Folder, # what the clips were read from
+        more: dict, # added to the settings
     ):
-        super().__init__(dataset, range(len(dataset) if n is None else n), name)
-        self.more = dict(more or {})
+        super().__init__(dataset, range(n), name)
+        self.source, self.more = source, more
     @property
     def settings(self): return {**super().settings, **self.more}
 
 # %% ../../nbs/10_data/40_folder.ipynb #2e7441a5
+_in_use = weakref.WeakValueDictionary()
+
+def _decoded(path: Path, config: FolderConfig) -> Folder:
+    files = sorted(path.rglob('*') if path.is_dir() else path.parent.glob(f'{path.stem}*'))
+    key = (path.absolute(), config, tuple((f, s.st_size, s.st_mtime_ns) for f in files for s in (f.stat(),)))
+    data = _in_use.get(key)
+    if data is None: _in_use[key] = data = Folder(path, config)
+    return data
+
+# %% ../../nbs/10_data/40_folder.ipynb #f83a5d60
 def open_data(
     name_or_path: str | Path, # a preset of `scenes`, or a path to a video, an image, an npz or a folder
     split: str='train', # 'train', 'val' or 'test'; for a path also 'all'
     size: int | tuple[int, int] | None=None, # (H, W), one number for both; `None`: the preset's, or the files' own
-    n: int | None=None, # clips; `None`: the preset's number, or all
+    n: int | None=None, # clips (of a path: at most); `None`: the preset's number, or all
     length: int | None=None, # frames of an item; `None`: whole clips
     step: int=1, # frames from one to the next inside an item
     stride: int | None=None, # frames between items' starts; `None`: 1 for training, no overlap elsewhere
@@ -451,11 +488,12 @@ def open_data(
     "Data by name: scenes made on the spot, or a user's own."
     if stride is None and split == 'train': stride = 1
     if str(name_or_path) in scene_data.PRESETS: data = _open_scenes(str(name_or_path), split, size, n, seed, settings)
-    else: data = _open_path(name_or_path, split, size, n, seed, span(length or 1, step), dict(settings, window=length, step=step, stride=stride))
+    else: data = _open_path(name_or_path, split, size, n, seed, span(length or 1, step), settings)
     return data if length is None else Windows(data, length, step, stride)
 
+# %% ../../nbs/10_data/40_folder.ipynb #d3d30356
 def _open_scenes(name, split, size, n, seed, settings):
-    for k in settings: one_of(f'setting for scene preset {name!r}', k, ('root', 'workers'))
+    for k in settings: one_of(f'setting of scenes like {name}:', k, ('root', 'workers'))
     config = scene_data.PRESETS[name]
     if isinstance(size, tuple):
         if size[0] != size[1]: raise ValueError(f'scenes are square: size must be one number, got {size}')
@@ -469,10 +507,12 @@ def _open_path(path, split, size, n, seed, need, settings):
         except ValueError as e: hint = f'{e} Or a path to a video, an image, an npz or a folder: there is none at {path.absolute()}'
         raise (FileNotFoundError if len(path.parts) > 1 or path.suffix else ValueError)(hint)
     one_of('split of a path', split, ('train', 'val', 'test', 'all'))
-    data = Folder(path, FolderConfig.from_dict(dict(settings, size=size)))
+    data = _decoded(path, FolderConfig.from_dict(dict(settings, size=size)))
     if need > 1 and max(data.lengths) == 1:
-        raise ValueError(f'{path} holds single images, but windows of {need} frames are asked for: length=1, or images="frames" if they are the frames of a video')
+        raise ValueError(f'{path} holds single images, but windows of {need} frames are asked for: length=1, or images="frames" if they are '
+                         'the frames of a video')
     train, held, how = (data, data, 'all') if split == 'all' else _parts(data, need, seed)
     part = train if split in ('train', 'all') else held
-    if n is not None and not 1 <= n <= len(part): raise ValueError(f'n must be from 1 to {len(part)}, the clips of {path} for {split!r}, got {n!r}')
-    return Part(part, f'{data.name} {split}', n, dict(split=f'{split} of {how}', n=n, seed=seed))
+    if n is not None and n < 1: raise ValueError(f'n must be a positive number of clips or None, got {n!r}')
+    n = min(n or len(part), len(part))
+    return Part(part, f'{data.name} {split}', n, data, dict(split=f'{split} of {how}', n=n, seed=seed))

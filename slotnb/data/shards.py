@@ -39,7 +39,8 @@ def _checked(arrays: dict, i: int, like: dict | None) -> dict:
     if 'video' not in arrays: raise ValueError(f'clip {i} has no array "video", only {sorted(arrays)}')
     if like is not None and shapes != like: raise ValueError(f'clip {i} differs from clip 0 in its arrays: {shapes} instead of {like}')
     for k, v in arrays.items():
-        if v.dtype.kind == 'f' and not np.isfinite(v).all(): raise ValueError(f'array {k!r} of clip {i} has {np.sum(~np.isfinite(v))} values that are NaN or infinite')
+        if v.dtype.kind == 'f' and not np.isfinite(v).all():
+            raise ValueError(f'array {k!r} of clip {i} has {np.sum(~np.isfinite(v))} values that are NaN or infinite')
     return arrays
 
 def _write_shard(folder: Path, shard: int, clips: range, make: Callable, like: dict) -> dict:
@@ -72,11 +73,34 @@ def _records(folder, shards, make, like, workers):
         jobs = {pool.submit(_write_shard, folder, s, clips, make, like): s for s, clips in shards.items()}
         for job in as_completed(jobs): yield jobs[job], job.result()
     except BrokenProcessPool as e:
-        raise RuntimeError(f'a process making {folder.name} died: it ran out of memory, or the script that started it lacks `if __name__ == "__main__":`. '
-                           f'workers=1 needs no processes') from e
+        raise RuntimeError(f'a process making {folder.name} died (it may have said why above): out of memory, or a script without '
+                           '`if __name__ == "__main__":`. workers=1 needs no processes') from e
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/10_data/20_shards.ipynb #c13d4a92
+# %% ../../nbs/10_data/20_shards.ipynb #67072923
+class _Counted:
+    "A `make` that moves a progress bar."
+    def __init__(self, make, bar): self.make, self.bar = make, bar
+    def __call__(self, i):
+        out = self.make(i)
+        self.bar.update(1)
+        return out
+
+def _read_manifest(folder: Path) -> dict:
+    "manifest.json of a folder of shards."
+    path = Path(folder)/'manifest.json'
+    if not path.is_file(): raise FileNotFoundError(f'{folder} holds no generated clips: there is no manifest.json')
+    try: manifest = json.loads(path.read_text())
+    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): delete {folder} to generate it anew') from None
+    if manifest.get('format') != 1: raise ValueError(f'{path} has format {manifest.get("format")!r}, this version reads format 1')
+    return manifest
+
+def _is_complete(folder: Path) -> bool:
+    if not (folder/'manifest.json').is_file(): return False
+    manifest = _read_manifest(folder)
+    return len(manifest['shards']) == math.ceil(manifest['n']/manifest['clips_per_shard'])
+
+# %% ../../nbs/10_data/20_shards.ipynb #d4813f06
 def shard_folder(
     folder: str | Path, # where the data set shall lie, without the fingerprint
     spec: dict, # every setting that decides the clips, and a fingerprint of the code
@@ -92,10 +116,12 @@ def _layout(folder: Path, spec: dict, n: int, first: dict, clips_per_shard: int 
     if (folder/'manifest.json').exists():
         manifest = _read_manifest(folder)
         if manifest['arrays'] == arrays: return manifest
-        raise ValueError(f'{folder} holds arrays {manifest["arrays"]}, but the same spec now makes {arrays}: put a fingerprint of the code into the spec')
+        raise ValueError(f'{folder} holds arrays {manifest["arrays"]}, but the same spec now makes {arrays}: put a fingerprint of the code '
+                         'into the spec')
     bytes_per_clip = sum(v.nbytes for v in first.values())
     return dict(format=1, spec=spec, n=n, arrays=arrays, clips_per_shard=min(n, clips_per_shard or max(1, 2**24//bytes_per_clip)), shards={})
 
+# %% ../../nbs/10_data/20_shards.ipynb #b5f3625a
 def write_shards(
     folder: str | Path, # see `shard_folder`
     spec: dict, # JSON-able settings; 'name' and 'fps' are handed to the clips' meta
@@ -123,32 +149,10 @@ def write_shards(
                 done[str(s)] = record
                 if workers > 1: bar.update(record['clips'])
         except OSError as e:
-            raise OSError(e.errno, f'{desc}: {e.strerror or e}. {len(done)} of {math.ceil(n/per)} shards in {folder} are whole and kept; the same call continues there') from e
+            raise OSError(e.errno, f'{desc}: {e.strerror or e}. {len(done)} of {math.ceil(n/per)} shards in {folder} are whole and kept; '
+                                   'the same call continues there') from e
         finally: bar.close()
     return folder
-
-# %% ../../nbs/10_data/20_shards.ipynb #67072923
-class _Counted:
-    "A `make` that moves a progress bar."
-    def __init__(self, make, bar): self.make, self.bar = make, bar
-    def __call__(self, i):
-        out = self.make(i)
-        self.bar.update(1)
-        return out
-
-def _read_manifest(folder: Path) -> dict:
-    "manifest.json of a folder of shards."
-    path = Path(folder)/'manifest.json'
-    if not path.is_file(): raise FileNotFoundError(f'{folder} holds no generated clips: there is no manifest.json')
-    try: manifest = json.loads(path.read_text())
-    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): delete {folder} to generate it anew') from None
-    if manifest.get('format') != 1: raise ValueError(f'{path} has format {manifest.get("format")!r}, this version reads format 1')
-    return manifest
-
-def _is_complete(folder: Path) -> bool:
-    if not (folder/'manifest.json').is_file(): return False
-    manifest = _read_manifest(folder)
-    return len(manifest['shards']) == math.ceil(manifest['n']/manifest['clips_per_shard'])
 
 # %% ../../nbs/10_data/20_shards.ipynb #d78f9d8f
 def check_shards(
@@ -160,16 +164,20 @@ def check_shards(
     folder, manifest = Path(folder), _read_manifest(folder)
     want = math.ceil(manifest['n']/manifest['clips_per_shard'])
     if len(manifest['shards']) < want:
-        raise ValueError(f'{folder} is incomplete, {len(manifest["shards"])} of {want} shards are there: the call that makes it continues where it stopped')
+        raise ValueError(f'{folder} is incomplete, {len(manifest["shards"])} of {want} shards are there: the call that makes it continues '
+                         'where it stopped')
     files = [f for s in manifest['shards'].values() for f in s['files'].values()]
     for f in progress(files, f'checking {folder.name}', unit='file') if how == 'hash' else files:
         path, problem = folder/f['name'], None
         if not path.is_file(): problem = 'is missing'
         elif path.stat().st_size != f['size']: problem = f'is damaged: {path.stat().st_size} bytes instead of {f["size"]}'
         elif how == 'hash' and _sha256(path) != f['sha256']: problem = 'is damaged: its content has another hash'
-        if problem: raise ValueError(f'shard {path} {problem}. `repair_shards` drops it from the manifest, so that the call that makes it fills the gap')
+        if problem:
+            raise ValueError(f'shard {path} {problem}. `repair_shards` drops it from the manifest, so that the call that makes it fills the '
+                             'gap')
     return manifest
 
+# %% ../../nbs/10_data/20_shards.ipynb #733bb42f
 def _sha256(path: Path) -> str:
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
