@@ -146,6 +146,6 @@ def _forward(self,
     x = rearrange(x, '(n k) c h w -> n k c h w', k=slots.content.shape[1])
     wide = torch.promote_types(x.dtype, torch.float32)
     masks, rgb = x[:, :, 3].to(wide).softmax(1), x[:, :, :3].to(wide)
-    return torch.einsum('nkhw,nkchw->nchw', masks, rgb), masks, rgb
+    return (masks.unsqueeze(2)*rgb).sum(1), masks, rgb
 
 BroadcastDecoder.forward = _forward
