@@ -176,6 +176,12 @@ class _Lines(tqdm):
     def display(self, msg=None, pos=None):
         if self.n or self.total is None: print(str(self), file=self.fp, flush=True)
 
+    def close(self):
+        if self.disable: return
+        self.disable = True
+        self._decr_instances(self)
+        if self.last_print_n < self.n: self.display()
+
 def progress(
     iterable=None, # what to go through, or `None` for a bar moved by `.update(n)`
     desc: str='', # what is being done

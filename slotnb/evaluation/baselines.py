@@ -17,7 +17,8 @@ from ..core import require, stream
 # %% ../../nbs/50_evaluation/15_baselines.ipynb #75d37101
 def _check_video(video, slots):
     "The video's (B, T, C, H, W), or an error that names what is wrong."
-    if not torch.is_tensor(video) or video.ndim != 5: raise ValueError(f'video must be a tensor (B, T, C, H, W), got {tuple(getattr(video, "shape", ()))}')
+    shape = tuple(getattr(video, 'shape', ()))
+    if not torch.is_tensor(video) or video.ndim != 5: raise ValueError(f'video must be a tensor (B, T, C, H, W), got {shape}')
     if not video.is_floating_point(): raise TypeError(f'video must be float in [0, 1], got {video.dtype}: convert it with to_float')
     if not video.isfinite().all(): raise ValueError(f'video {tuple(video.shape)} holds NaN or infinite pixels')
     if slots < 1: raise ValueError(f'slots must be at least 1, got {slots}')

@@ -21,7 +21,8 @@ def _check_pair(true, pred):
     "Both as float64 (B, T, C, H, W), the prediction clamped; an error names a wrong shape, type, range or NaN pixels."
     for name, x in (('true', true), ('predicted', pred)):
         if not torch.is_tensor(x) or not x.is_floating_point():
-            raise TypeError(f'{name} video must be a float tensor in [0, 1], got {getattr(x, "dtype", type(x).__name__)}: convert it with to_float')
+            got = getattr(x, 'dtype', type(x).__name__)
+            raise TypeError(f'{name} video must be a float tensor in [0, 1], got {got}: convert it with to_float')
         if x.ndim != 5 or not x.numel(): raise ValueError(f'{name} video must be (B, T, C, H, W), got {tuple(x.shape)}')
         if not x.isfinite().all(): raise ValueError(f'{name} video {tuple(x.shape)} holds NaN or infinite pixels')
     if true.shape != pred.shape: raise ValueError(f'true video is {tuple(true.shape)}, the predicted one {tuple(pred.shape)}: they must be equal')
@@ -85,8 +86,9 @@ VGG_TRUNK = 'vgg16-397923af.pth' # torchvision's file name: the part after the d
 def lpips_missing() -> str | None: # why LPIPS cannot be computed here, `None` when it can
     "The reason why LPIPS is not computed, if there is one."
     path = Path(torch.hub.get_dir())/'checkpoints'/VGG_TRUNK
-    if not path.is_file(): return f'its VGG-16 trunk is not in the torch hub cache ({path}); download https://download.pytorch.org/models/{VGG_TRUNK} to there'
-    if not _trunk_hash(str(path), path.stat().st_size).startswith(VGG_TRUNK[6:14]): return f'{path} is damaged: its hash does not begin with {VGG_TRUNK[6:14]}'
+    url, start = f'https://download.pytorch.org/models/{VGG_TRUNK}', VGG_TRUNK[6:14]
+    if not path.is_file(): return f'its VGG-16 trunk is not in the torch hub cache ({path}); download {url} to there'
+    if not _trunk_hash(str(path), path.stat().st_size).startswith(start): return f'{path} is damaged: its hash does not begin with {start}'
     if not importlib.util.find_spec('lpips'): return "the package lpips is not installed: pip install 'slotnb[eval]'"
     return None
 
@@ -116,7 +118,7 @@ def _lpips_net(device):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # it calls torchvision by names that are deprecated
         net = _import_lpips().LPIPS(net='vgg', verbose=False).eval().requires_grad_(False).to(device)
-    if any((p < 0).any() for p in net.lins.parameters()): raise RuntimeError('the LPIPS heads hold negative weights: this is not the published distance')
+    if any((p < 0).any() for p in net.lins.parameters()): raise RuntimeError('the LPIPS heads hold negative weights: not the published distance')
     return net
 
 # %% ../../nbs/50_evaluation/20_image_quality.ipynb #03d39df5

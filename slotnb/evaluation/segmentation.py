@@ -20,7 +20,7 @@ def _check_labels(true, pred, per):
     true, pred = torch.as_tensor(true), torch.as_tensor(pred)
     for name, x in (('true', true), ('predicted', pred)):
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise TypeError(f'{name} labels must be integers (B, T, H, W), got {x.dtype} {tuple(x.shape)}. Masks become labels by masks_to_labels')
+            raise TypeError(f'{name} labels must be integers (B, T, H, W), got {x.dtype} {tuple(x.shape)}. See masks_to_labels')
         if x.ndim != 4: raise ValueError(f'{name} labels must be (B, T, H, W), got {tuple(x.shape)}; an image is a clip with T=1')
     if true.shape != pred.shape: raise ValueError(f'true labels are {tuple(true.shape)}, predicted ones {tuple(pred.shape)}: they must be equal')
     if not true.numel(): raise ValueError(f'labels {tuple(true.shape)} hold no pixel')
@@ -122,12 +122,13 @@ def check_masks(
     "Masks as a float tensor; an error names a wrong shape, NaN pixels, or masks that do not sum to one (logits?)."
     masks = torch.as_tensor(masks)
     if masks.ndim != 5 or 0 in masks.shape: raise ValueError(f'masks must be (B, T, K, H, W), got {tuple(masks.shape)}')
-    if not (masks.is_floating_point() or masks.dtype == torch.bool): raise TypeError(f'masks must be float or bool, got {masks.dtype}; labels are (B, T, H, W)')
+    if not (masks.is_floating_point() or masks.dtype == torch.bool): raise TypeError(f'masks must be float or bool, got {masks.dtype}')
     if masks.dtype not in (torch.float32, torch.float64): masks = masks.float()
     if not masks.isfinite().all(): raise ValueError(f'masks {tuple(masks.shape)} hold NaN or infinite values')
     total = masks.sum(2)
     if (total - 1).abs().max() > 0.05 or masks.min() < -1e-3: # 0.05: seven masks in bf16 may be off by that much
-        raise ValueError(f'masks must lie in [0, 1] and sum to 1 over K (axis 2), got sums {float(total.min()):.3g} to {float(total.max()):.3g}. Logits?')
+        found = f'{float(total.min()):.3g} to {float(total.max()):.3g}'
+        raise ValueError(f'masks must lie in [0, 1] and sum to 1 over K (axis 2), got sums {found}. Logits?')
     return masks
 
 def masks_to_labels(
@@ -181,7 +182,8 @@ def score_segmentation(
     pred = torch.as_tensor(pred)
     if pred.ndim == 5: pred = masks_to_labels(pred)
     if true is not None and (shape := tuple(torch.as_tensor(true).shape)) != tuple(pred.shape):
-        raise ValueError(f'true labels are {shape}, the segments of {source!r} {tuple(pred.shape)}. Coarse masks: masks_to_labels(masks, size={shape[-2:]})')
+        hint = f'Coarse masks: masks_to_labels(masks, size={shape[-2:]})'
+        raise ValueError(f'true labels are {shape}, the segments of {source!r} {tuple(pred.shape)}. {hint}')
     entries = {}
     for metric, score in METRICS.items():
         for per in ('clip', 'frame'):

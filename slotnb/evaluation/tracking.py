@@ -54,8 +54,8 @@ def swap_rate(
 def background_owner(
     true, # true labels (B, T, H, W), 0 = background
     pred, # masks (B, T, K, H, W), or labels (B, T, H, W)
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # slot int64 (B,); its share of the background and of the objects' pixels, float64 (B,), NaN where there are none
-    "The slot that owns most of the background, how much of it, and how much of the objects it holds besides."
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # slot int64 (B,), its share of the background's and of the objects' pixels, float64 (B,)
+    "The slot that owns most of the background, how much of it, and how much of the objects it holds besides; NaN where there are none."
     table = contingency(true, _labels(pred))
     owner = table[:, 0].argmax(-1)
     held = table.gather(2, owner[:, None, None].expand(-1, table.shape[1], 1))[..., 0] # (B, C): pixels of the owner

@@ -219,11 +219,11 @@ _clevr = AutoEncoderConfig(size=(128, 128), slots=7, pixels='pm1', last_relu=Tru
 _isa_baseline = AutoEncoderConfig(size=(128, 128), slots=11, strides=(2, 2, 2, 1), padding='same', position='linear', token_mlp=(128, 64), ln_eps=1e-6,
                                   eps_in='sum', gru='flax', start=(16, 16), up_channels=(64,)*5, up_strides=(2, 2, 2, 1, 1), up_kernels=(5,)*5)
 _isa = _isa_baseline.but(position='', token_mlp=(), invariance='ts')
-_laptop = AutoEncoderConfig(size=(32, 32), slots=5, channels=(32, 64, 64), strides=(1, 2, 1), token_mlp=(64, 64), start=(16, 16), up_channels=(64, 64),
-                            up_strides=(1, 1), up_kernels=(3, 1), shuffle=2)
+_laptop = AutoEncoderConfig(size=(32, 32), slots=5, channels=(32, 64, 64), strides=(2, 1, 1), kernel=3, token_mlp=(64, 64), init='gaussian', start=(8, 8),
+                            up_channels=(64, 64), up_strides=(1, 1), up_kernels=(3, 1), shuffle=4)
 
 PRESETS = {
-    'smoke': _laptop.but(channels=(16, 16), strides=(2, 1), kernel=3, dim=32, mlp=32, token_mlp=(32,), up_channels=(32,), up_strides=(1,), up_kernels=(3,), grid_hidden=32),
+    'smoke': _laptop.but(channels=(16, 16), strides=(2, 1), dim=32, mlp=32, token_mlp=(32,), up_channels=(32,), up_strides=(1,), up_kernels=(3,), grid_hidden=32),
     'laptop': _laptop,
     'clevr': _clevr,
     'isa_clevr': _isa,
