@@ -337,12 +337,15 @@ class Painter:
         self.sub_floor = ground(cam, self.sub_d, light, config.ground)
         self.forward = dot(self.d, cam.rotation[2][:, None].expand_as(self.d))
 
+    def pairs(self, s: Stage) -> tuple[list, list]:
+        "Candidates for views and for shadows."
+        return tuple(candidates(s, screen_boxes(s, self.tr.camera, self.size, light), self.size) for light in (None, self.tr.light))
+
     def paint(self, start: int, stop: int) -> dict[str, Tensor]:
         "Frames `start` to `stop`."
-        cam, light, size, f = self.tr.camera, self.tr.light, self.size, stop - start
-        s = stage(self.tr, start, stop)
-        views, shadows = (candidates(s, screen_boxes(s, cam, size, l), size) for l in (None, light))
-        hit = trace(s, cam.position, self.d.repeat(1, f), Ground(*(g.repeat(*[1]*(g.ndim - 1), f) for g in self.floor)), light, views, shadows)
+        size, f, s = self.size, stop - start, stage(self.tr, start, stop)
+        views, shadows = self.pairs(s)
+        hit = trace(s, self.tr.camera.position, self.d.repeat(1, f), Ground(*(g.repeat(*[1]*(g.ndim - 1), f) for g in self.floor)), self.tr.light, views, shadows)
         label = torch.where(hit.owner >= 0, take(s.label, hit.owner.clamp_min(0)), 0)
         if self.samples == 4: self._refine(s, hit, label, views, shadows)
         rgb = (hit.colour.clamp(0, 1).sqrt()*255 + .5).to(torch.uint8)
