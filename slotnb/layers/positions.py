@@ -29,19 +29,22 @@ class PositionEmbedding(nn.Module):
     "Adds a linear map of the pixel's coordinates to a feature map."
     def __init__(self,
         channels: int, # of the features
-        form: str='borders', # 'borders': [y, x, 1-y, 1-x] in [0, 1]; 'linear': (y, x) in [-1, 1]
+        form: str='borders', # 'borders': [y, x, 1-y, 1-x] in [0, 1]; 'linear': (y, x) in [-1, 1]; 'fourier': that and 4 octaves of it
     ):
         super().__init__()
-        self.form = one_of('position form', form, ['borders', 'linear'])
-        self.dense = nn.Linear(4 if form == 'borders' else 2, channels)
+        self.form = one_of('position form', form, ['borders', 'linear', 'fourier'])
+        self.dense = nn.Linear({'borders': 4, 'linear': 2, 'fourier': 18}[form], channels)
 
     def embedding(self, height: int, width: int) -> Tensor: # (channels, height, width)
         "The map that is added."
         device = self.dense.weight.device
-        if self.form == 'linear': g = grid(height, width, device=device)
-        else:
+        if self.form == 'borders':
             g = grid(height, width, 0., 1., device)
             g = torch.cat([g, 1 - g], -1)
+        else: g = grid(height, width, device=device)
+        if self.form == 'fourier':
+            waves = torch.cat([g*2**i*torch.pi/2 for i in range(4)], -1)
+            g = torch.cat([g, waves.sin(), waves.cos()], -1)
         return rearrange(self.dense(g), 'h w c -> c h w')
 
     def forward(self,
@@ -64,7 +67,7 @@ def relative_grid(
     rotation: Tensor | None=None, # (..., K, 2, 2)
     delta: float=1., # ISA's scales_factor
 ) -> Tensor: # (..., K, N, 2)
-    "The grid as each slot sees it (Biza et al. 2023, eqs. 4-6)."
+    "The grid as each slot sees it (Biza et al. 2023)."
     offsets = g - position.unsqueeze(-2)
     if rotation is not None: offsets = rotate(offsets, rotation)
     return offsets/delta if scale is None else offsets/(delta*scale.unsqueeze(-2))

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..core import Config, generator as seeded_generator, one_of, resolve_device
-from ..layers.convnets import BroadcastDecoder, FrameEncoder
+from ..layers.convnets import BroadcastDecoder, FrameEncoder, glorot_
 from ..layers.positions import grid
 from ..layers.slot_attention import SlotAttention, SlotInit, SlotState
 from ..layers.weights import Pretrained
@@ -87,11 +87,14 @@ class AutoEncoderConfig(Config):
     up_position: str = '' # '': 'relative' for invariant slots, else as the encoder's
     shuffle: int = 1
     phases: bool = False
+    # how weights begin: 'torch' (SlotFormer), 'glorot' (Slot Attention in Keras)
+    weights: str = 'torch'
 
     def __post_init__(self):
         if not 1 <= self.slots <= 128: raise ValueError(f'slots must be between 1 and 128, got {self.slots}')
         if self.dim < 1 or self.iterations < 1: raise ValueError(f'dim and iterations must be at least 1, got {self.dim} and {self.iterations}')
         one_of('pixels', self.pixels, ['01', 'pm1'])
+        one_of('weights', self.weights, ['torch', 'glorot'])
         one_of('invariance', self.invariance, ['', 't', 'ts', 'tsr'])
 
 # %% ../../nbs/30_models/10_autoencoder.ipynb #2d41d4e0
@@ -109,6 +112,7 @@ class AutoEncoder(Pretrained, nn.Module):
         where = c.up_position or ('relative' if c.invariance else c.position)
         self.decoder = BroadcastDecoder(c.dim, c.size, c.start, c.up_channels, c.up_strides, c.up_kernels, c.out_kernel, where,
                                         self.corrector.delta, c.shuffle, c.phases)
+        if c.weights == 'glorot': glorot_(self)
 
     @property
     def device(self) -> torch.device: return next(self.parameters()).device
@@ -128,15 +132,15 @@ def check_video(
     return video
 
 # %% ../../nbs/30_models/10_autoencoder.ipynb #975e431b
-def _tokens(self, video: Tensor) -> tuple[tuple, tuple[int, int], Tensor]:
-    "Prepared tokens with leading (B, T), their grid's size, and the grid (N, 2), from video in [0, 1]."
-    b = len(video)
-    frames = rearrange(video, 'b t c h w -> (b t) c h w')
+def _tokens(self,
+    frames: Tensor, # (F, 3, H, W) in [0, 1]
+) -> tuple[tuple, tuple[int, int], Tensor]: # prepared tokens with leading F, their grid's size, and the grid (N, 2)
+    "Everything that depends on the frames alone."
     if self.config.pixels == 'pm1': frames = frames*2 - 1
     tokens, (h, w) = self.encoder(frames)
     prepared = self.corrector.prepare(tokens)
-    g = rearrange(grid(h, w, device=video.device), 'h w c -> (h w) c').to(torch.promote_types(tokens.dtype, torch.float32))
-    return tuple(rearrange(v, '(b t) ... -> b t ...', b=b) for v in prepared), (h, w), g
+    g = rearrange(grid(h, w, device=frames.device), 'h w c -> (h w) c').to(torch.promote_types(tokens.dtype, torch.float32))
+    return prepared, (h, w), g
 
 def _decode(self,
     slots: SlotState, # (B, T, K, ...)
@@ -159,8 +163,8 @@ def _forward(self,
     "Decompose every frame."
     b, t = check_video(video, self.config.size).shape[:2]
     if condition is not None and t != 1: raise ValueError(f'a condition describes the first frame, and this model has no memory: T must be 1, got {t}')
-    prepared, (h, w), g = self.tokens(video)
-    slots, attention = self.corrector(tuple(v.flatten(0, 1) for v in prepared), self.init(b*t, generator, condition), g)
+    prepared, (h, w), g = self.tokens(rearrange(video, 'b t c h w -> (b t) c h w'))
+    slots, attention = self.corrector(prepared, self.init(b*t, generator, condition), g)
     slots = slots.map(lambda v: rearrange(v, '(b t) ... -> b t ...', b=b))
     recon, masks, rgb = self.decode(slots)
     return Record(slots, recon, masks, rearrange(attention, '(b t) k (h w) -> b t k h w', b=b, h=h), None, {'slot_rgb': rgb})

@@ -105,14 +105,14 @@ SAVi._kernel = _kernel
 def _frames(self, prepared: tuple, g: Tensor, batch: int, state: SAViState | None, generator, condition) -> tuple:
     "The loop over time: slots (B, T, K, ...), attention (B, T, K, N), the last state and the kernels' distributions."
     all_slots, attention, kernels = [], [], []
-    for t in range(prepared[0].shape[1]):
+    for now in zip(*(v.split(batch) for v in prepared)):
         if state is None: slots, hidden = self.init(batch, generator, condition), None
         else:
             content, hidden = self.predictor(state.slots.content, state.hidden)
             slots = state.slots.replace(content=content)
         iterations = None if state is None else self.config.later_iterations or None
         slots, kernel = self._kernel(slots, generator)
-        slots, a = self.corrector(tuple(v[:, t] for v in prepared), slots, g, iterations)
+        slots, a = self.corrector(now, slots, g, iterations)
         state = SAViState(slots, hidden)
         all_slots.append(slots); attention.append(a); kernels.append(kernel)
     extras = {k: torch.stack([x[k] for x in kernels], 1) for k in kernels[0]}
@@ -130,7 +130,8 @@ def _forward(self,
     "Decompose a clip, or the next piece of one."
     b = len(check_video(video, self.config.size))
     if state is not None and condition is not None: raise ValueError('a condition describes the first frame: give it without a state')
-    prepared, (h, w), g = self.tokens(video)
+    # time first: each frame of the batch is then one run of memory, and the split below has a cheap gradient
+    prepared, (h, w), g = self.tokens(rearrange(video, 'b t c h w -> (t b) c h w'))
     slots, attention, state, extras = self._frames(prepared, g, b, state, generator, condition)
     recon, masks, rgb = self.decode(slots)
     return Record(slots, recon, masks, rearrange(attention, 'b t k (h w) -> b t k h w', h=h), state, {'slot_rgb': rgb, **extras})
