@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 from slotnb.core import real_data_dir
 from slotnb.data import shards
 from slotnb.data.clips import Clip, ClipList, Loader, Mapped, Windows
-from slotnb.data.folder import BrokenFile, Folder, FolderConfig, at_rate, open_data, read_npz, read_video, video_frames
+from slotnb.data.files import at_rate, read_npz, video_frames
+from slotnb.data.folder import BrokenFile, Folder, FolderConfig, open_data, read_video
 from slotnb.data.shards import ShardedClips, check_shards, repair_shards, write_shards
 
 av = pytest.importorskip('av')
