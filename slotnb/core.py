@@ -7,7 +7,7 @@ __all__ = ['project_root', 'data_dir', 'runs_dir', 'real_data_dir', 'one_of', 'r
            'generator', 'seeded', 'resolve_device', 'atomic_path', 'write_json', 'progress']
 
 # %% ../nbs/00_core.ipynb #9eff091c
-import contextlib, dataclasses, difflib, hashlib, importlib, json, math, os, sys, tempfile, time
+import contextlib, dataclasses, difflib, hashlib, importlib, json, math, os, sys, tempfile, time, types, typing
 from pathlib import Path
 
 import torch
@@ -76,8 +76,27 @@ def fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 # %% ../nbs/00_core.ipynb #da8d262d
+_KINDS = {int: 'an integer', float: 'a finite number', bool: 'True or False', str: 'a string', tuple: 'a tuple', type(None): 'None'}
+
+def _is(value, kind) -> bool: # an integer is a number, a bool is neither
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) in (types.UnionType, typing.Union): return any(_is(value, a) for a in args)
+    if args: return isinstance(value, tuple) and (args[-1] is ... or len(value) == len(args)) and all(_is(v, args[0]) for v in value)
+    if kind is float: return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+def _kind(kind) -> str: # as it reads in an error
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) in (types.UnionType, typing.Union): return ' or '.join(map(_kind, args))
+    return f'a tuple of {"any number" if args[-1] is ... else len(args)}, each {_kind(args[0])}' if args else _KINDS.get(kind, str(kind))
+
+# %% ../nbs/00_core.ipynb #cfd0ff3e
 class Config:
     "Base of the frozen dataclasses that describe models, data and training."
+    def __post_init__(self): # a subclass with a check of its own calls this first
+        for name, kind in typing.get_type_hints(type(self)).items():
+            if not _is(getattr(self, name), kind): raise ValueError(f'{type(self).__name__}.{name} must be {_kind(kind)}, got {getattr(self, name)!r}')
+
     @classmethod
     def from_dict(cls, values: dict): # field -> value; tuples may come as lists
         "A config from a plain dict; an unknown field raises `ValueError` with the nearest spelling."
@@ -154,7 +173,7 @@ def atomic_path(
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as e:
-        raise OSError(e.errno, f'{path} could not be written ({e.strerror}); nothing was changed') from e
+        raise OSError(e.errno, f'{path} could not be written ({e.strerror or e}); nothing was changed') from None
     finally: temporary.unlink(missing_ok=True)
 
 def write_json(

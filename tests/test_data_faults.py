@@ -432,7 +432,7 @@ def test_bad_generator(tmp_path, bad, why):
 @needs_real
 @pytest.mark.parametrize('path,frames,labels', [('movi/movi_a_1.gif', 24, None), ('movi/movi_b_1.gif', 24, None), ('physion/0001_img.mp4', 205, None), ('physion/0002_img.mp4', 161, None),
     ('kth/train_example1.avi', 75, None), ('kth/val_example1.avi', 75, None), ('video/carphone_pristine.mp4', 120, None), ('video/bikes.mp4', 250, None), ('clevr/img1.png', 1, None),
-    ('clevr/img2.png', 1, None), ('kubric/kubric_helloworld.png', 1, None), ('tetrominoes/tetrominoes5.npz', 1, 3)])
+    ('clevr/img2.png', 1, None), ('kubric/kubric_helloworld.png', 1, 2), ('tetrominoes/tetrominoes5.npz', 1, 3)])
 def test_real_files(path, frames, labels):
     data = Folder(real/path, FolderConfig(size=32))
     assert data[0].video.shape == (frames, 3, 32, 32) and data.max_objects == labels and data[0].video.float().std() > 5
@@ -458,9 +458,15 @@ def test_real_folders_are_split():
 
 @needs_real
 def test_real_kubric_masks(tmp_path):
-    shutil.copy(real/'kubric/kubric_helloworld.png', tmp_path/'hello.png')
-    (tmp_path/'masks').mkdir()
-    shutil.copy(real/'kubric/kubric_helloworld_segmentation.png', tmp_path/'masks/hello.png')
-    ids = np.asarray(Image.open(tmp_path/'masks/hello.png'))
-    labels = open_data(tmp_path, background=1)[0].labels[0].numpy()
-    assert np.array_equal(labels == 0, ids == 1) and (ids == 1).mean() > .5
+    ids = np.asarray(Image.open(real/'kubric/kubric_helloworld_segmentation.png'))
+    for name in ('masks/hello.png', 'hello_segmentation.png', 'hello_mask.png', 'hello_masks.png'):
+        home = tmp_path/name.replace('/', '_')
+        (home/'masks').mkdir(parents=True)
+        shutil.copy(real/'kubric/kubric_helloworld.png', home/'hello.png')
+        shutil.copy(real/'kubric/kubric_helloworld_segmentation.png', home/name)
+        data = open_data(home, background=1)
+        assert len(data) == 1 and np.array_equal(data[0].labels[0] == 0, ids == 1) and (ids == 1).mean() > .5
+        alone = open_data(home, masks='none')
+        assert len(alone) == 1 and alone[0].labels is None
+    data = open_data(real/'kubric', background=1)
+    assert len(data) == 1 and data[0].labels.unique().tolist() == [0, 2]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VIDEOS', 'IMAGES', 'LAYOUTS', 'FolderConfig', 'BrokenFile', 'existing', 'video_frames', 'at_rate', 'fit_to',
-           'read_video', 'labels_from_masks', 'find_layout', 'read_npz', 'read_image', 'read_frames']
+           'read_video', 'labels_from_masks', 'find_layout', 'read_npz', 'mask_of', 'read_image', 'read_frames']
 
 # %% ../../nbs/10_data/38_files.ipynb #611463df
-import math, re
+import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -39,15 +39,15 @@ class FolderConfig(Config):
     max_gb: float = 4.         # of decoded clips in memory; more is refused
 
     def __post_init__(self):
+        super().__post_init__()
         choices = dict(crop=('center', 'none'), images=('stills', 'frames'), masks=('auto', 'none'), on_error=('raise', 'salvage', 'skip'))
         for name, allowed in choices.items():
             one_of(f'{name} of FolderConfig', getattr(self, name), allowed)
         sizes = self.size if isinstance(self.size, tuple) else (self.size, self.size)
-        if self.size is not None and (len(sizes) != 2 or not all(type(s) is int and s >= 1 for s in sizes)):
+        if self.size is not None and min(sizes) < 1:
             raise ValueError(f'size must be a positive integer, (height, width) or None, got {self.size!r}')
-        if not (type(self.max_frames) is int and self.max_frames >= 1):
-            raise ValueError(f'max_frames must be a positive integer, got {self.max_frames!r}')
-        if self.fps is not None and not 0 < self.fps < math.inf: raise ValueError(f'fps must be a positive number or None, got {self.fps!r}')
+        if self.max_frames < 1: raise ValueError(f'max_frames must be a positive integer, got {self.max_frames!r}')
+        if self.fps is not None and self.fps <= 0: raise ValueError(f'fps must be a positive number or None, got {self.fps!r}')
         if not 0 <= self.background <= 255: raise ValueError(f'background must be an id from 0 to 255, got {self.background!r}')
 
 # %% ../../nbs/10_data/38_files.ipynb #c508c773
@@ -62,6 +62,7 @@ def existing(
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist (looked for {path.absolute()})')
     return path
 
+# %% ../../nbs/10_data/38_files.ipynb #315371b3
 def _av_open(path: Path):
     "An opened container and its first video stream."
     av = require('av', 'data')
@@ -316,11 +317,18 @@ def _open_image(path: Path):
         return ImageOps.exif_transpose(image)  # as a viewer shows it
     except Exception as e: raise BrokenFile(f'{path} cannot be read as an image: {str(e) or type(e).__name__}') from None
 
+def mask_of(
+    path: Path, # of an image
+) -> Path | None: # `None`: there is none
+    "The picture of object ids that belongs to an image."
+    beside = (path.with_name(f'{path.stem}_{word}.png') for word in ('segmentation', 'mask', 'masks'))
+    return next((p for p in (path.parent/'masks'/f'{path.stem}.png', *beside) if p.is_file()), None)
+
 def _read_ids(path: Path, background: int) -> Tensor: # uint8 (H, W)
     "Object ids of a palette or grey PNG."
     image = _open_image(path)
     if image.mode not in ('1', 'L', 'P', 'I', 'I;16'):
-        raise ValueError(f'mask {path} must be a palette or grey image whose values are ids, got mode {image.mode}')
+        raise ValueError(f'mask {path} must be a palette or grey image whose values are ids, got mode {image.mode}; masks="none" ignores it')
     return _background_first(np.asarray(image).astype(np.int64), background, path)
 
 # %% ../../nbs/10_data/38_files.ipynb #aeb71f18
@@ -329,15 +337,15 @@ def read_image(
     config: FolderConfig=FolderConfig(), # size, crop, masks, background
     name: str | None=None, # of the clip; `None`: the file's
 ) -> Clip: # of one frame
-    "One image, with its mask if `masks/<name>.png` lies beside it."
+    "One image, with its mask if there is one (see `mask_of`)."
     path = existing(path)
     one_of(f'image format of {path}', path.suffix.lower(), IMAGES)
     image = _open_image(path)
     if image.mode not in ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr'):
         raise ValueError(f'{path} must have 8 bits per channel, got mode {image.mode}')
     frame = rearrange(torch.from_numpy(np.array(image.convert('RGB'))), 'h w c -> 1 c h w')
-    mask = path.parent/'masks'/f'{path.stem}.png'
-    ids = [_read_ids(mask, config.background)] if config.masks == 'auto' and mask.is_file() else None
+    mask = mask_of(path) if config.masks == 'auto' else None
+    ids = [_read_ids(mask, config.background)] if mask else None
     return fit_to(Clip(frame, _ids_of(ids, 0, frame, path), meta=dict(name=name or path.name, fps=None, source=path.name)), config.size, config.crop)
 
 # %% ../../nbs/10_data/38_files.ipynb #16d6ad91
@@ -346,7 +354,7 @@ def read_frames(
     config: FolderConfig=FolderConfig(), # as `read_image`, and max_frames, on_error
     name: str='frames', # of the clip
 ) -> Clip:
-    "Images as the frames of one clip, with masks from `masks/<frame>.png`, or `<folder>_masks.npz` beside the folder."
+    "Images as the frames of one clip, with masks beside each of them (see `mask_of`), or `<folder>_masks.npz` beside the folder."
     ids = _beside(paths[0].parent.with_name(f'{paths[0].parent.name}_masks.npz'), config)
     if ids is not None and len(ids) != len(paths):
         raise ValueError(f'{paths[0].parent} has {len(paths)} frames, but its masks are {len(ids)}')

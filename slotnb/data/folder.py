@@ -14,7 +14,7 @@ import torch
 from ..core import generator, one_of, progress
 from . import scenes as scene_data
 from .clips import Clip, ClipList, Subset, Windows, cut, span
-from .files import IMAGES, VIDEOS, BrokenFile, FolderConfig, existing, read_frames, read_image, read_npz, read_video
+from .files import IMAGES, VIDEOS, BrokenFile, FolderConfig, existing, mask_of, read_frames, read_image, read_npz, read_video
 
 # %% ../../nbs/10_data/40_folder.ipynb #4af2d81b
 def _natural(path: Path): return [(0, int(p), '') if p.isdigit() else (1, 0, p.lower()) for p in re.split(r'(\d+)', str(path))]
@@ -30,7 +30,8 @@ def find_inputs(
         one_of(f'file format of {path}:', path.suffix.lower(), kinds)
         return [(kinds[path.suffix.lower()], path)]
     every = [p for p in path.rglob('*') if p.is_file() and not any(part.startswith('.') for part in p.relative_to(path).parts)]
-    mine = sorted((p for p in every if p.suffix.lower() in kinds and p.parent.name != 'masks' and not p.name.endswith('_masks.npz')), key=_natural)
+    masks = {mask_of(p) for p in every if p.suffix.lower() in IMAGES}
+    mine = sorted((p for p in every if p.suffix.lower() in kinds and p not in masks and p.parent.name != 'masks' and not p.name.endswith('_masks.npz')), key=_natural)
     if not mine:
         others = ', '.join(sorted({p.suffix or p.name for p in every})[:6])
         raise ValueError(f'{path} holds nothing to read: allowed are {", ".join(kinds)}; found {len(every)} other '
@@ -103,6 +104,7 @@ def _parts(data: Folder, need: int, seed: int) -> tuple: # (train, held out, how
     train, held = (ClipList([c], data.name, data.settings) for c in ends)
     return train, held, f'time: frames 0 to {t - tail - gap - 1} train, {t - tail} to {t - 1} held out'
 
+# %% ../../nbs/10_data/40_folder.ipynb #9528ae64
 class Part(Subset):
     "A named part of a data set, with the settings it was made by."
     def __init__(self,

@@ -62,6 +62,7 @@ class SceneConfig(Config):
     samples: int = 4               # rays per pixel on edges: 1 (no anti-aliasing), 4
 
     def __post_init__(self):
+        super().__post_init__()
         one_of('SceneConfig.kind', self.kind, ('physics', 'tetrominoes'))
         one_of('SceneConfig.launch_from', self.launch_from, ('edge', 'stage', 'outside'))
         one_of('SceneConfig.samples', self.samples, (1, 4))

@@ -7,7 +7,7 @@ __all__ = ['GUTTER', 'GROUP', 'palette', 'frames', 'enlarge', 'paint_labels', 'o
            'contact_sheet', 'show_sheet', 'curves', 'strip', 'save_png', 'save_gif', 'save_mp4']
 
 # %% ../../nbs/50_evaluation/40_plots.ipynb #84038e6f
-import functools
+import functools, math
 from pathlib import Path
 
 import numpy as np
@@ -207,7 +207,8 @@ def show_sheet(
     sheet, ys, xs = _layout(rows, moments)
     (height, width), (H, W), dpi = sheet.shape[:2], next(iter(rows.values())).shape[1:3], 100
     left, right, top, bottom = 118, 6, 54 if title else 30, 6 # margins in pixels
-    full = left + width + right, top + height + bottom
+    if title: words = require('matplotlib.textpath', 'plots').TextPath((0, 0), title, size=12, prop={'weight': 'bold'}).get_extents().width*dpi/72
+    full = left + max(width, math.ceil(words) if title else 0) + right, top + height + bottom # a sheet of one frame is narrower than its title
     fig = plt.figure(figsize=(full[0]/dpi, full[1]/dpi), dpi=dpi, facecolor='white')
     ax = fig.add_axes([left/full[0], bottom/full[1], width/full[0], height/full[1]], frameon=False)
     ax.imshow(sheet, interpolation='nearest', extent=(0, width, height, 0))

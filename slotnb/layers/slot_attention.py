@@ -99,12 +99,13 @@ def boxes_of(
     return torch.stack([y0, x0, y1, x1], -1)*on.flatten(2).any(-1)[..., None]
 
 # %% ../../nbs/20_layers/20_slot_attention.ipynb #2aec5ad3
-def _condition(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+def _condition(self, condition: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     "Content (B, K, D) and boxes (B, K, 4) from first-frame boxes (B, N, 4) or masks (B, N, H, W), N <= K."
     expect = 3 if self.kind == 'boxes' else 4
-    if condition.ndim != expect or condition.shape[1] > self.num_slots or (expect == 3 and condition.shape[-1] != 4):
+    if condition.ndim != expect or len(condition) != batch or condition.shape[1] > self.num_slots or (expect == 3 and condition.shape[-1] != 4):
         shape = '(B, N, 4)' if expect == 3 else '(B, N, H, W)'
-        raise ValueError(f'first-frame {self.kind} must be {shape} with N <= {self.num_slots} slots, got {tuple(condition.shape)}')
+        raise ValueError(f'first-frame {self.kind} must be {shape} with B = {batch} clips and N <= {self.num_slots} slots, got {tuple(condition.shape)}')
+    if not condition.isfinite().all(): raise ValueError(f'first-frame {self.kind} have values that are not finite')
     spare = self.num_slots - condition.shape[1]
     condition = F.pad(condition.float(), (0, 0)*(condition.ndim - 2) + (0, spare))
     if self.kind == 'boxes': return self.embed(condition), condition
@@ -150,7 +151,7 @@ def _forward(self,
     if self.conditioned != (condition is not None):
         raise ValueError(f'slot initialisation {self.kind!r} ' + ('needs first-frame ' + self.kind if self.conditioned else 'takes no condition'))
     boxes = None
-    if self.conditioned: content, boxes = self._condition(condition)
+    if self.conditioned: content, boxes = self._condition(condition, batch)
     elif self.kind == 'learned': content = self.mean.expand(batch, -1, -1)
     else:
         device = generator.device if generator is not None else self.mean.device

@@ -52,17 +52,17 @@ def concat_records(
 @dataclasses.dataclass(frozen=True)
 class AutoEncoderConfig(Config):
     "Everything that decides an image model. Sizes in pixels, (height, width)."
-    size: tuple = (64, 64) # of the frames
+    size: tuple[int, int] = (64, 64) # of the frames
     slots: int = 6 # K
     dim: int = 64 # D
     pixels: str = '01' # range the network works in: '01', or 'pm1' for [-1, 1]; in and out it is always [0, 1]
     # encoder
-    channels: tuple = (64, 64, 64, 64)
-    strides: tuple = (1, 1, 1, 1)
+    channels: tuple[int, ...] = (64, 64, 64, 64)
+    strides: tuple[int, ...] = (1, 1, 1, 1)
     kernel: int = 5
     last_relu: bool = False
     position: str = 'borders' # '' for invariant slots
-    token_mlp: tuple = (64, 64)
+    token_mlp: tuple[int, ...] = (64, 64)
     padding: str = 'torch'
     # slots
     init: str = 'learned' # 'learned', 'gaussian', 'per_slot', 'boxes', 'masks'
@@ -79,10 +79,10 @@ class AutoEncoderConfig(Config):
     mlp_last: bool = True
     implicit: bool = False
     # decoder
-    start: tuple = (8, 8)
-    up_channels: tuple = (64, 64, 64, 64)
-    up_strides: tuple = (2, 2, 2, 1)
-    up_kernels: tuple = (5, 5, 5, 5)
+    start: tuple[int, int] = (8, 8)
+    up_channels: tuple[int, ...] = (64, 64, 64, 64)
+    up_strides: tuple[int, ...] = (2, 2, 2, 1)
+    up_kernels: tuple[int, ...] = (5, 5, 5, 5)
     out_kernel: int = 1
     up_position: str = '' # '': 'relative' for invariant slots, else as the encoder's
     shuffle: int = 1
@@ -91,6 +91,7 @@ class AutoEncoderConfig(Config):
     weights: str = 'torch'
 
     def __post_init__(self):
+        super().__post_init__()
         if not 1 <= self.slots <= 128: raise ValueError(f'slots must be between 1 and 128, got {self.slots}')
         if self.dim < 1 or self.iterations < 1: raise ValueError(f'dim and iterations must be at least 1, got {self.dim} and {self.iterations}')
         one_of('pixels', self.pixels, ['01', 'pm1'])
@@ -178,7 +179,11 @@ def as_video(
 ) -> Tensor: # float32 (B, T, 3, H, W) in [0, 1]
     "Whatever a newcomer has, as the video a model takes; values out of range or not finite are refused."
     v = getattr(video, 'video', video)
-    v = torch.as_tensor(np.ascontiguousarray(v) if isinstance(v, np.ndarray) else v)
+    if not isinstance(v, Tensor):
+        if not isinstance(v, np.ndarray) or v.dtype.kind not in 'buif':
+            got = f'an array of dtype {v.dtype}' if isinstance(v, np.ndarray) else repr(v)[:100]
+            raise ValueError(f'video must be a tensor, an array of numbers or a clip, got {got}: slotnb.data.folder.read_video(path) reads a file')
+        v = torch.as_tensor(np.ascontiguousarray(v))
     if v.ndim not in (4, 5): raise ValueError(f'video must be (T, 3, H, W), (T, H, W, 3), or either with a batch in front, got {tuple(v.shape)}')
     if v.ndim == 4: v = v.unsqueeze(0)
     if v.shape[2] != 3 and v.shape[-1] == 3: v = rearrange(v, 'b t h w c -> b t c h w')
@@ -223,11 +228,11 @@ _clevr = AutoEncoderConfig(size=(128, 128), slots=7, pixels='pm1', last_relu=Tru
 _isa_baseline = AutoEncoderConfig(size=(128, 128), slots=11, strides=(2, 2, 2, 1), padding='same', position='linear', token_mlp=(128, 64), ln_eps=1e-6,
                                   eps_in='sum', gru='flax', start=(16, 16), up_channels=(64,)*5, up_strides=(2, 2, 2, 1, 1), up_kernels=(5,)*5)
 _isa = _isa_baseline.but(position='', token_mlp=(), invariance='ts')
-_laptop = AutoEncoderConfig(size=(32, 32), slots=5, channels=(32, 64, 64), strides=(2, 1, 1), kernel=3, token_mlp=(64, 64), init='gaussian', start=(8, 8),
-                            up_channels=(64, 64), up_strides=(1, 1), up_kernels=(3, 1), shuffle=4)
+_laptop = AutoEncoderConfig(size=(32, 32), slots=5, channels=(32, 64, 64), strides=(1, 2, 1), position='fourier', token_mlp=(64, 64), init='gaussian', start=(8, 8),
+                            up_channels=(64, 64, 64), up_strides=(1, 1, 1), up_kernels=(3, 1, 1), shuffle=4, weights='glorot')
 
 PRESETS = {
-    'smoke': _laptop.but(channels=(16, 16), strides=(2, 1), dim=32, mlp=32, token_mlp=(32,), up_channels=(32,), up_strides=(1,), up_kernels=(3,), grid_hidden=32),
+    'smoke': _laptop.but(channels=(16, 16), strides=(2, 1), kernel=3, dim=32, mlp=32, token_mlp=(32,), up_channels=(32,), up_strides=(1,), up_kernels=(3,), grid_hidden=32),
     'laptop': _laptop,
     'clevr': _clevr,
     'isa_clevr': _isa,

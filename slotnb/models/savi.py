@@ -164,4 +164,6 @@ def preset(
     "A preset with plain or invariant slots; invariant ones lose the position embedding and the token MLP, whose parameters move into the corrector."
     config = PRESETS[one_of('preset', name, PRESETS)]
     invariance = GROUPINGS[one_of('model', model, GROUPINGS)]
-    return config if not invariance else config.but(invariance=invariance, position='', token_mlp=())
+    if not invariance: return config
+    strides = (2, 2, 1) if name == 'laptop' else config.strides
+    return config.but(invariance=invariance, position='', token_mlp=(), strides=strides)

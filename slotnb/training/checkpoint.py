@@ -68,7 +68,7 @@ def save_training(
         shutil.rmtree(part, ignore_errors=True)
         last = checkpoints(folder)
         raise OSError(e.errno, f'the checkpoint of step {step} could not be written to {folder} ({os.strerror(e.errno) if e.errno else e}); '
-                      + (f'the one before is intact: {last[-1]}' if last else 'there is none before')) from e
+                      + (f'the one before is intact: {last[-1]}' if last else 'there is none before')) from None
     for old in checkpoints(folder)[:-keep]: shutil.rmtree(old, ignore_errors=True)
     return done
 
@@ -167,7 +167,7 @@ class History:
         if not self.path: return
         try:
             with open(self.path, 'a') as f: f.write(json.dumps(row) + '\n')
-        except OSError as e: raise OSError(e.errno, f'{self.path} could not be written ({e.strerror}) at step {row["step"]}; earlier rows are intact') from e
+        except OSError as e: raise OSError(e.errno, f'{self.path} could not be written ({e.strerror}) at step {row["step"]}; earlier rows are intact') from None
 
     def columns(self) -> dict[str, list]: # `None` where a row lacks the name
         names = dict.fromkeys(k for r in self.rows for k in r)

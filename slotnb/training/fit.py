@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FitConfig', 'learning_rate', 'DivergedError', 'Run', 'train_step', 'look', 'averaged', 'Every', 'call_back',
-           'checkpoint', 'take_up', 'FitResult', 'peak_memory', 'log', 'fit']
+           'checkpoint', 'tensorboard_folder', 'take_up', 'FitResult', 'peak_memory', 'log', 'fit']
 
 # %% ../../nbs/40_training/40_fit.ipynb #a1ab10a0
 import contextlib, math, shutil, sys, time
@@ -40,13 +40,14 @@ class FitConfig(Config):
     checkpoint_every: int = 500; keep: int = 2; tensorboard: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         one_of('schedule', self.schedule, ['cosine', 'exponential', 'constant'])
         one_of('amp', self.amp, ['off', 'bf16'])
         for name, low in dict(steps=1, batch_size=1, warmup=0, half_life=1, log_every=1, checkpoint_every=1, keep=1).items():
-            if type(getattr(self, name)) is not int or getattr(self, name) < low: raise ValueError(f'{name} must be an integer of at least {low}, got {getattr(self, name)!r}')
+            if getattr(self, name) < low: raise ValueError(f'{name} must be an integer of at least {low}, got {getattr(self, name)!r}')
         for name, high in dict(lr=math.inf, final_lr_fraction=1, weight_decay=math.inf, clip_norm=math.inf, ema=0.999999).items():
             v = getattr(self, name)
-            if isinstance(v, str) or not 0 <= v <= high: raise ValueError(f'{name} must be a number from 0 to {high}, got {v!r}')
+            if not 0 <= v <= high: raise ValueError(f'{name} must be a number from 0 to {high}, got {v!r}')
 
 # %% ../../nbs/40_training/40_fit.ipynb #10336128
 def learning_rate(
@@ -186,6 +187,13 @@ def checkpoint(run: Run) -> Path | None:
         return save_training(run.run_dir/'checkpoints', run.step, run.model, run.optimizer, run.generators, run.identity(), {'seen': run.seen, **raw},
                              run.config.keep, names=run.names, seconds=run.seconds)
 
+@contextlib.contextmanager
+def tensorboard_folder(run: Run):
+    "Yields the folder of TensorBoard's events; a full disk inside the block is an `OSError` that names it."
+    folder = run.run_dir/'tensorboard'
+    try: yield folder
+    except OSError as e: raise OSError(e.errno, f"TensorBoard's events could not be written to {folder} ({e.strerror or e}); FitConfig(tensorboard=False) does without") from None
+
 def take_up(run: Run, resume: bool) -> Path | None: # the checkpoint it came from
     "Open the run's folder: continue from its last checkpoint, or clear it."
     if not run.run_dir:
@@ -207,7 +215,7 @@ def take_up(run: Run, resume: bool) -> Path | None: # the checkpoint it came fro
     if run.config.tensorboard and run.step < run.config.steps:
         require('tensorboard', 'notebooks')
         from torch.utils.tensorboard import SummaryWriter
-        run.writer = SummaryWriter(run.run_dir/'tensorboard', purge_step=run.step + 1) # what a killed session showed beyond its checkpoint
+        with tensorboard_folder(run) as folder: run.writer = SummaryWriter(folder, purge_step=run.step + 1) # what a killed session showed beyond its checkpoint
     return saved.path if saved else None
 
 # %% ../../nbs/40_training/40_fit.ipynb #1887aad6
@@ -239,8 +247,10 @@ def log(run: Run, found: dict) -> dict: # the row
         run.seen = run.seen[:0]
     row |= found
     if len(row) > 1: run.history.add(row)
-    for k, v in row.items():
-        if run.writer and k not in ('step', 'seconds'): run.writer.add_scalar(k, v, run.step)
+    if run.writer:
+        with tensorboard_folder(run):
+            for k, v in row.items():
+                if k not in ('step', 'seconds'): run.writer.add_scalar(k, v, run.step)
     return row
 
 # %% ../../nbs/40_training/40_fit.ipynb #44477b36
