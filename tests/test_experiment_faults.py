@@ -318,7 +318,7 @@ def test_a_damaged_run_json(runs):
         assert (folder/'run.json').read_bytes() == text
 
 def test_names_of_runs(runs):
-    for name in ('../elsewhere', 'a/b', '.', '..', '/tmp/x', 'a b', 'a\n', 'b\\c', 'ü'):
+    for name in ('../elsewhere', 'a/b', '.', '..', '/elsewhere', 'a b', 'a\n', 'b\\c', 'ü'):
         with refused(ValueError, 'name of a run must be', re.escape(repr(name))): start_run('10_decomposition', {}, runs, name)
         with refused(ValueError, 'experiment must be', re.escape(repr(name))): start_run(name, {}, runs, 'r')
     assert not Path(runs).exists() and start_run('10_decomposition', {}, runs, 7).folder == Path(runs)/'10_decomposition/7'
@@ -332,18 +332,14 @@ def trained(folder, slots=5, steps=2, data_seed=0, seed=0, **settings):
     net = SAVi(preset('smoke').but(slots=slots))
     return fit(net, Loader(Windows(videos, 2), 4), Reconstruction(), FitConfig(steps=steps, batch_size=4, tensorboard=False, **settings), folder, 'cpu', seed)
 
-@pytest.mark.parametrize('other,words', [
-    (dict(slots=4), ('model.slots: stored 5, here 4',)),
-    (dict(lr=1e-2), ('fit.lr: stored 0.0004, here 0.01',)),
-    (dict(data_seed=1), ('data.fingerprint: stored ',)),
-    (dict(seed=3, slots=6), ('seed: stored 0, here 3', 'model.slots: stored 5, here 6')),
-])
-def test_checkpoint_of_another_run(other, words, tmp_path):
+def test_checkpoint_of_another_run(tmp_path):
     "Every differing field is named, and the folder is left as it was."
     trained(tmp_path)
     before = files(tmp_path)
-    with refused(CheckpointError, 'step-000002 belongs to another run', 'resume=False', *words): trained(tmp_path, **other)
-    assert files(tmp_path) == before
+    for other, words in ((dict(slots=4), ['model.slots: stored 5, here 4']), (dict(lr=1e-2), ['fit.lr: stored 0.0004, here 0.01']),
+                         (dict(data_seed=1), ['data.fingerprint: stored ']), (dict(seed=3, slots=6), ['seed: stored 0, here 3', 'model.slots: stored 5, here 6'])):
+        with refused(CheckpointError, 'step-000002 belongs to another run', 'resume=False', *words): trained(tmp_path, **other)
+        assert files(tmp_path) == before
 
 def test_changed_data_behind_an_experiment(data, runs):
     "The same parameters, but the file holds something else by now: not mixed into the old checkpoint."

@@ -26,8 +26,8 @@ _all_ = ['SceneConfig', 'Trajectory', 'Camera', 'simulate', 'render', 'project']
 # %% ../../nbs/10_data/35_scenes.ipynb #00c46ea6
 PRESETS = dict(
     tiny=SceneConfig('tiny', size=32, frames=8, resting=(0, 0), launched=(2, 4), launch_from='stage', launch_shapes=SHAPES, speed=(1., 3.),
-        sizes=(.5, .62), stage=1.4, walls=2., friction=.15, bounce=.9, fps=8., substep=.01, camera_distance=(7.2, 7.2), camera_elevation=(50., 55.),
-        camera_azimuth=(-20., 20.), fov=34., ground=(.86, .86, .86)),
+        sizes=(.5, .62), stage=1.3, gap=.2, walls=2., friction=.15, bounce=.9, fps=8., substep=.01, camera_distance=(7.2, 7.2), camera_elevation=(50., 55.),
+        camera_azimuth=(-20., 20.), fov=29., ground=(.86, .86, .86)),
     obj3d=SceneConfig('obj3d', sizes=(.35, .5, .65), speed=(4., 6.), camera_azimuth=(-5., 5.), fov=36.),
     clevrer=SceneConfig('clevrer', frames=128, resting=(1, 3), launched=(1, 3), launch_from='outside', launch_shapes=SHAPES, launch_frames=(0, 60),
         sizes=(.4,), speed=(2.5, 4.5), friction=.1, fps=25., stage=2.2),

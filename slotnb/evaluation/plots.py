@@ -190,6 +190,10 @@ def contact_sheet(
     return _layout(rows, _moments(len(video), n_frames))[0]
 
 # %% ../../nbs/50_evaluation/40_plots.ipynb #eee31f01
+def _text_width(text) -> int: # pixels
+    text.figure.draw_without_rendering()
+    return math.ceil(text.get_window_extent().width)
+
 def show_sheet(
     video, # (T, C, H, W): uint8, or float in [0, 1]
     recon=None, # (T, C, H, W)
@@ -207,9 +211,11 @@ def show_sheet(
     sheet, ys, xs = _layout(rows, moments)
     (height, width), (H, W), dpi = sheet.shape[:2], next(iter(rows.values())).shape[1:3], 100
     left, right, top, bottom = 118, 6, 54 if title else 30, 6 # margins in pixels
-    if title: words = require('matplotlib.textpath', 'plots').TextPath((0, 0), title, size=12, prop={'weight': 'bold'}).get_extents().width*dpi/72
-    full = left + max(width, math.ceil(words) if title else 0) + right, top + height + bottom # a sheet of one frame is narrower than its title
-    fig = plt.figure(figsize=(full[0]/dpi, full[1]/dpi), dpi=dpi, facecolor='white')
+    fig = plt.figure(dpi=dpi, facecolor='white')
+    words = fig.text(0, 0, title, fontsize=12, weight='bold', va='center')
+    full = left + max(width, _text_width(words)) + right, top + height + bottom # a sheet of one frame is narrower than its title
+    fig.set_size_inches(full[0]/dpi, full[1]/dpi)
+    words.set_position((left/full[0], 1 - 18/full[1]))
     ax = fig.add_axes([left/full[0], bottom/full[1], width/full[0], height/full[1]], frameon=False)
     ax.imshow(sheet, interpolation='nearest', extent=(0, width, height, 0))
     times = [f'{t/fps:.2g} s' for t in moments] if fps else [f't = {moments[0]}', *map(str, moments[1:])]
@@ -218,7 +224,6 @@ def show_sheet(
     ax.tick_params(length=0, pad=6, labeltop=True, labelbottom=False)
     bars = [(y, int(name[5:])) for y, name in zip(ys, rows) if name.startswith('slot ')] # they tie a slot's row to its colour in the overlay
     for y, k in bars: ax.add_patch(plt.Rectangle((-6, y), 4, H, color=palette(k + 1)[-1]/255, clip_on=False, lw=0))
-    if title: fig.text(left/full[0], 1 - 18/full[1], title, fontsize=12, weight='bold', va='center')
     plt.close(fig) # else a notebook shows it twice
     return fig
 

@@ -1,0 +1,34 @@
+"""What has to learn, learns: minutes each, so `make test-slow` only."""
+import json
+
+import pytest
+
+papermill = pytest.importorskip('papermill')
+
+from slotnb.core import project_root
+
+
+def run(tmp_path, **parameters):
+    notebook = project_root()/'nbs'/'experiments'/'10_decomposition.ipynb'
+    papermill.execute_notebook(notebook, tmp_path/'out.ipynb', dict(runs_dir=str(tmp_path), run='test', compare='none', **parameters), progress_bar=False)
+    folder = tmp_path/'10_decomposition'/'test'
+    return json.loads((folder/'metrics.json').read_text()), json.loads((folder/'run.json').read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('model', ['sa', 'isa_ts'])
+def test_study_leaves_the_plateau(tmp_path, model):
+    "Ninety seconds of training: slots hold more of the objects than a grid of cells does."
+    metrics, info = run(tmp_path, preset='study', model=model)
+    assert info['status'] == 'done' and metrics['fg_ari.decoder.frame.n'] >= 1000
+    assert metrics['fg_ari.decoder.frame'] > metrics['fg_ari.one_slot.frame'] + 0.2
+    assert metrics['mse_pixel.decoder.frame'] < 0.02
+
+
+@pytest.mark.slow
+def test_laptop_finds_the_objects(tmp_path):
+    "One seed of the laptop preset: well above the trivial segmentations."
+    metrics, _ = run(tmp_path, preset='laptop', seed=0)
+    assert metrics['fg_ari.decoder.clip.n'] >= 200
+    assert metrics['fg_ari.decoder.clip'] > 0.7
+    assert metrics['fg_ari.decoder.clip'] > max(metrics['fg_ari.grid.clip'], metrics['fg_ari.colour.clip']) + 0.1
