@@ -122,8 +122,7 @@ def test_the_harness_sees_a_library_traceback():
     (dict(device='gpu'), ("unknown device 'gpu'", 'auto, cpu, cuda')),
     (dict(slots=2.5), ('slots must be int', 'got 2.5')),
     (dict(seed='first'), ('seed must be int', "got 'first'")),
-    pytest.param(dict(compare='isa_ts', compare_steps=-5), ('steps must be an integer of at least 1', 'got -5'),
-                 marks=pytest.mark.xfail(strict=True, reason='compare_steps is looked at after the model has been trained')),
+    (dict(compare='isa_ts', compare_steps=-5), ('steps must be an integer of at least 1', 'got -5')),
     (dict(presett='smoke'), ("unknown parameter 'presett'", "Did you mean 'preset'")),
 ])
 def test_parameters(parameters, words, runs):

@@ -90,7 +90,7 @@ def overlay(
     alpha: float=0.6, # strength of the colour: 0 is the pale grey frame, 1 colour alone
     factor: int=1, # enlargement
 ) -> np.ndarray: # uint8 (T, factor*H, factor*W, 3)
-    "Frames in grey, tinted by who owns each pixel; slot k always has colour k, white lines between segments."
+    "Frames in grey, tinted by who owns each pixel; slot k always has colour k, white lines around what a slot owns by half or more."
     grey = 72 + frames(video).astype(float) @ [0.299, 0.587, 0.114]*183/255 # lifted: a tint on black would be black
     segments = torch.as_tensor(segments).detach().cpu()
     if segments.ndim == 3: segments = rearrange(F.one_hot(segments.long()), 't h w k -> t k h w')
@@ -100,7 +100,9 @@ def overlay(
     tint = torch.einsum('tkhw,kc->thwc', masks, torch.tensor(palette(masks.shape[1])).float()).numpy()
     picture = enlarge(((1 - alpha)*grey[..., None] + alpha*tint).clip(0, 255).round().astype(np.uint8), factor)
     if factor > 1: # the line needs pixels that the frame can spare
-        owner = masks.argmax(1).numpy().repeat(factor, 1).repeat(factor, 2)
+        best, owner = masks.max(1)
+        owner[best < 0.5] = -1 # shared by several slots: nobody's, or noise would draw the lines
+        owner = owner.numpy().repeat(factor, 1).repeat(factor, 2)
         edge = np.zeros(owner.shape, bool)
         edge[:, 1:] |= owner[:, 1:] != owner[:, :-1]
         edge[:, :, 1:] |= owner[:, :, 1:] != owner[:, :, :-1]
