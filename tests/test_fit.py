@@ -357,3 +357,23 @@ def test_files_of_two_models_are_told_apart(tmp_path):
     save_weights(nn.Linear(2, 2), tmp_path/'b', {'n': 2})
     (tmp_path/'b'/'model.safetensors').write_bytes((tmp_path/'a'/'model.safetensors').read_bytes())
     with pytest.raises(CheckpointError, match='not of one model'): read_weights(tmp_path/'b')
+
+
+@pytest.mark.parametrize('kind', ['boxes', 'masks'])
+def test_a_conditioned_model_learns_from_its_labels(kind):
+    "Boxes or masks of the first frame come from the batch; without labels the model is refused by name."
+    from slotnb.data.clips import Clip, ClipList, Loader
+    from slotnb.models.savi import SAVi, preset
+    from slotnb.training.losses import Reconstruction
+    torch.manual_seed(0)
+    labels = torch.zeros(2, 32, 32, dtype=torch.uint8)
+    labels[:, 4:12, 4:12], labels[:, 16:28, 10:20] = 1, 2
+    clips = [Clip(torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8), labels, meta={'name': str(i)}) for i in range(4)]
+    model = SAVi(preset('smoke').but(init=kind))
+    before = model.init.embed[0].weight.detach().clone()
+    config = FitConfig(steps=2, batch_size=4, lr=1e-3)
+    fit(model, Loader(ClipList(clips, 'told'), 4), Reconstruction(), config, device='cpu')
+    assert not torch.equal(before, model.init.embed[0].weight)
+    blind = ClipList([Clip(c.video, meta=c.meta) for c in clips], 'blind')
+    with pytest.raises(ValueError, match=f'first-frame {kind} needs data with labels'):
+        fit(model, Loader(blind, 4), Reconstruction(), config, device='cpu')

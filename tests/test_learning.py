@@ -18,7 +18,7 @@ def run(tmp_path, **parameters):
 @pytest.mark.slow
 @pytest.mark.parametrize('model', ['sa', 'isa_ts'])
 def test_study_leaves_the_plateau(tmp_path, model):
-    "Ninety seconds of training: slots hold more of the objects than a grid of cells does."
+    "Ninety seconds of training: slots have begun to hold objects, well above one slot for everything."
     metrics, info = run(tmp_path, preset='study', model=model)
     assert info['status'] == 'done' and metrics['fg_ari.decoder.frame.n'] >= 1000
     assert metrics['fg_ari.decoder.frame'] > metrics['fg_ari.one_slot.frame'] + 0.2
@@ -30,5 +30,5 @@ def test_laptop_finds_the_objects(tmp_path):
     "One seed of the laptop preset: well above the trivial segmentations."
     metrics, _ = run(tmp_path, preset='laptop', seed=0)
     assert metrics['fg_ari.decoder.clip.n'] >= 200
-    assert metrics['fg_ari.decoder.clip'] > 0.7
-    assert metrics['fg_ari.decoder.clip'] > max(metrics['fg_ari.grid.clip'], metrics['fg_ari.colour.clip']) + 0.1
+    assert metrics['fg_ari.decoder.clip'] > 0.8
+    assert metrics['fg_ari.decoder.clip'] > max(metrics['fg_ari.grid.clip'], metrics['fg_ari.colour.clip']) + 0.2

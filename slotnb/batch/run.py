@@ -21,6 +21,11 @@ def _git(*args) -> str | None:
     try: return subprocess.run(['git', *args], cwd=root, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
+def _cpu() -> str:
+    "The processor's name, where the system tells it."
+    try: return next(l.split(':', 1)[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
+    except (OSError, StopIteration): return platform.processor() or platform.machine()
+
 def _version(package: str) -> str | None:
     try: return version(package)
     except PackageNotFoundError: return None
@@ -32,7 +37,7 @@ def environment(
     device = resolve_device(device)
     packages = ('slotnb', 'torch', 'numpy', 'einops', 'mujoco', 'av', 'scikit-learn', 'scikit-image')
     dirty = _git('status', '--porcelain', '--untracked-files=no', '--', 'nbs', 'slotnb')
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu()
     return dict(commit=_git('rev-parse', 'HEAD'), dirty=None if dirty is None else bool(dirty), versions={'python': platform.python_version(), **{p: _version(p) for p in packages}},
                 device=str(device), device_name=name, threads=torch.get_num_threads(), cpus=os.cpu_count(), slurm_job=os.environ.get('SLURM_JOB_ID'))
 
@@ -111,9 +116,9 @@ def start_run(
     device: str | torch.device='auto', # what it runs on
 ) -> Run: # with `run.folder` made, and `run.json` written unless this repeats a finished run
     "Make or reopen the folder of a run."
-    asked = {k: v for k, v in parameters.items() if k not in _FREE}
+    asked, kind = {k: v for k, v in parameters.items() if k not in _FREE}, resolve_device(device).type
     if not root: root = tempfile.mkdtemp(prefix='slotnb-') if os.environ.get('IN_TEST') else runs_dir()
-    name = str(name) or fingerprint([experiment, asked], 8) # papermill makes a number of '7'
+    name = str(name) or fingerprint([experiment, asked, kind], 8) # papermill makes a number of '7'
     folder = Path(root).expanduser()/_one_folder('an experiment', experiment)/_one_folder('the name of a run', name)
     before = _earlier(folder/'run.json')
     again = before.get('status') == 'done'

@@ -159,7 +159,15 @@ def _forward(self,
         content = self.mean + self.log_std.exp()*noise
     return self._pose(content, boxes, generator)
 
-SlotInit.forward = _forward
+def _condition_of(self,
+    labels: Tensor, # true labels of the first frames (B, H, W), 0 = background
+) -> Tensor: # boxes (B, K, 4) or masks (B, K, H, W), as this initialisation wants them
+    "First-frame conditions from true labels, for training a conditioned model."
+    if int(labels.max()) > self.num_slots: raise ValueError(f'{int(labels.max())} objects cannot be given to {self.num_slots} slots: use more slots')
+    masks = rearrange(F.one_hot(labels.long(), self.num_slots + 1), 'b h w k -> b k h w')[:, 1:]
+    return boxes_of(masks) if self.kind == 'boxes' else masks.float()
+
+SlotInit.forward, SlotInit.condition_of = _forward, _condition_of
 
 # %% ../../nbs/20_layers/20_slot_attention.ipynb #3d7d2b54
 class GRU(nn.Module):
@@ -309,7 +317,7 @@ class SlotAttention(nn.Module):
         ln_eps: float=1e-5, # of the LayerNorms
         gru: str='torch', # which biases the GRU has: 'torch' or 'flax'
         mlp_last: bool=True, # whether the MLP follows the last pass too
-        implicit: bool=False, # gradient through the last pass only (Chang et al. 2022)
+        implicit: bool=False, # gradient through the last pass only (Chang et al. 2022), and straight through to the initial slots (Jia et al. 2023)
         grid_hidden: int=128, # hidden size of f (ISA)
         delta: float | None=None, # divides the relative grid; 5 with scale, 1 without, as published
     ):
@@ -378,6 +386,11 @@ def _update(self, slots: SlotState, u: Tensor, last: bool) -> SlotState:
     if self.mlp is not None and (self.mlp_last or not last): content = content + self.mlp(content)
     return slots.replace(content=content)
 
+def _cut(slots: SlotState, begin: SlotState) -> SlotState:
+    "The value of `slots` with no past; gradients pass straight through to the first content."
+    slots = slots.map(torch.Tensor.detach)
+    return slots.replace(content=slots.content + (begin.content - begin.content.detach()))
+
 def _forward(self,
     prepared: tuple, # of `prepare`, for one frame: leading axis B
     slots: SlotState, # initial slots (B, K, ...)
@@ -391,11 +404,11 @@ def _forward(self,
     # poses and relative grids need fp32, and what they touch is elementwise: half precision would gain nothing there
     plain = self.relative is None
     with contextlib.nullcontext() if plain else torch.autocast(slots.content.device.type, enabled=False):
-        passes = iterations or self.iterations
+        begin, passes, grad = slots, iterations or self.iterations, torch.is_grad_enabled()
         for i in range(passes):
             last = i == passes - 1
-            if self.implicit and last: slots = slots.map(torch.Tensor.detach)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (last or not self.implicit)):
+            if self.implicit and last and i: slots = _cut(slots, begin)
+            with torch.set_grad_enabled(grad and (last or not self.implicit)):
                 attention, weights, u = self._attend(prepared, slots, g, values=True)
                 slots = self._update(self._refresh_pose(slots, weights, g), u, last)
         if not plain:
