@@ -90,7 +90,7 @@ class Run:
 def _now() -> str: return time.strftime('%Y-%m-%dT%H:%M:%S%z')
 
 # %% ../../nbs/60_batch/10_run.ipynb #04600738
-_FREE = ('runs_dir', 'run', 'device', 'threads')  # where a run lies and what it runs on do not change what it asks
+_FREE = ('runs_dir', 'run', 'device')  # where a run lies and what it runs on do not change what it asks
 
 def _one_folder(what: str, name: str) -> str:
     "`name`, if it is a single plain component of a path."
