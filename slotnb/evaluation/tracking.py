@@ -70,7 +70,7 @@ def _sentence(e, K, source):
     if get('one_slot_takes_all') > 0.5:
         words.insert(0, f'COLLAPSED: in {get("one_slot_takes_all"):.0%} of the clips one slot takes all.')
     elif get('background_share') < 0.5:
-        words.append(f'No slot owns the background (the largest part is {get("background_share"):.0%}): the slots divide space rather than objects.')
+        words.append(f'No slot owns the background (the largest part is {get("background_share"):.0%}): idle slots share it, or, where FG-ARI is low too, the slots divide space rather than objects.')
     elif get('background_share') == get('background_share'):
         words.append(f'One slot owns {get("background_share"):.0%} of the background and holds {get("objects_in_background"):.0%} of the objects.')
     if get('swap_rate') == get('swap_rate'): words.append(f'An object changes its slot in {get("swap_rate"):.1%} of the steps.')
