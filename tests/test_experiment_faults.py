@@ -214,7 +214,7 @@ def test_clips_shorter_than_the_window(tmp_path, runs, capsys):
     x, ids = clips(6, 1)
     np.savez(tmp_path/'stills.npz', video=x, labels=ids)
     space = run_cells(DATA, runs_dir=runs, data=str(tmp_path/'stills.npz'))
-    assert space['length'] == 1 and 'stills.npz have 1 frames: windows of 1 instead of 2' in capsys.readouterr().out
+    assert space['length'] == 1 and 'stills.npz have 1 frames: windows of 1 instead of 6' in capsys.readouterr().out
     x, _ = clips(1, 4)
     write_film(tmp_path/'short.mp4', x[0])
     with refused(ValueError, "clip 'short.mp4' has 4 frames", 'window of 6 with step 1 needs 6'): open_data(tmp_path/'short.mp4', length=6)
