@@ -2,6 +2,7 @@
 import json, os, sys
 from pathlib import Path
 
+from slotnb.batch.cli import main
 from slotnb.core import runs_dir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,33 +33,15 @@ def table(metrics: dict) -> str:
     lines = ['  '.join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:]))]).rstrip() for row in rows]
     return '\n'.join(lines + [f'{k}: {v:.4g}' if isinstance(v, float) else f'{k}: {v}' for k, v in rest.items()])
 
-def finished(run: Path) -> bool:
-    "Whether a run has ended well and its results still lie there."
-    about = [run/name for name in ('run.json', 'metrics.json', 'notebook.ipynb')]
-    return all(p.is_file() for p in about) and json.loads(about[0].read_text()).get('status') == 'done'
-
-def perform(run: Path):
-    "Run the notebook with its output on this terminal; a run cut short is taken up from its last checkpoint."
-    import papermill
-    run.mkdir(parents=True, exist_ok=True)
-    parameters = dict(preset='laptop', run=run.name, runs_dir=str(run.parent.parent))
-    try:
-        papermill.execute_notebook(NOTEBOOK, run/'notebook.ipynb', parameters, cwd=str(ROOT), kernel_name='python3', progress_bar=False,
-            stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=['--log-level=40']) # the kernel's own warnings are not about the experiment
-    except papermill.PapermillExecutionError as e:
-        sys.exit(f'\nthe experiment stopped: {e.ename}: {e.evalue}\nthe notebook up to there: {run/"notebook.ipynb"}\nmake demo takes it up again')
-    except RuntimeError as e: sys.exit(f'\nthe notebook\'s kernel died: {e}\nmake demo takes the run up again from its last checkpoint')
-    except KeyboardInterrupt: sys.exit(f'\nstopped; make demo takes it up again from the last checkpoint in {run}')
-
 if __name__ == '__main__':
     os.chdir(ROOT)
     if not NOTEBOOK.is_file(): sys.exit(f'{NOTEBOOK.relative_to(ROOT)} is not there')
     run = runs_dir()/'10_decomposition'/'demo'
-    if finished(run): print(f'This run is finished already (to repeat it: rm -r {run}).')
-    else: perform(run)
-    if not (run/'metrics.json').is_file(): sys.exit(f'the experiment ended without {run/"metrics.json"}')
-    pictures = sorted(p for p in (run/'figures').glob('*') if p.is_file()) if (run/'figures').is_dir() else []
+    if code := main(['run', 'decomposition', '--preset', 'laptop', '--name', run.name]):
+        sys.exit(f'\nthe notebook up to there: {run/"notebook.ipynb"}\nmake demo takes it up again')
+    pictures = sorted(p.name for p in (run/'figures').glob('*'))
     print(f'\n{table(json.loads((run/"metrics.json").read_text()))}\n')
-    print(f'pictures:          {run/"figures"} ({", ".join(p.name for p in pictures) or "none"})')
+    print(f'pictures:          {run/"figures"} ({", ".join(pictures)})')
     print(f'executed notebook: {run/"notebook.ipynb"}')
     print(f'numbers:           {run/"metrics.json"}')
+    print(f'to repeat it:      rm -r {run}')
