@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['project_root', 'data_dir', 'runs_dir', 'real_data_dir', 'one_of', 'require', 'fingerprint', 'Config', 'stream',
-           'generator', 'seeded', 'resolve_device', 'atomic_path', 'write_json', 'progress']
+           'generator', 'seeded', 'SharedGenerator', 'random_rows', 'resolve_device', 'atomic_path', 'write_json',
+           'progress']
 
 # %% ../nbs/00_core.ipynb #9eff091c
 import contextlib, dataclasses, difflib, hashlib, importlib, json, math, os, sys, tempfile, time, types, typing
@@ -137,6 +138,22 @@ def seeded(seed: int, purpose: str, *more):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, purpose, *more))
         yield
+
+# %% ../nbs/00_core.ipynb #769c6f92
+class SharedGenerator(torch.Generator):
+    "A generator that several ranks hold in the same state."
+    share = (0, 1) # (rank, ranks)
+
+def random_rows(
+    fn, # torch.randn, torch.rand
+    shape: tuple, # of the result, batch first
+    generator: torch.Generator | None, # `None`: torch's global one on `like`'s device
+    like: torch.Tensor, # gives dtype and device of the result
+) -> torch.Tensor:
+    "Random numbers for the samples at hand."
+    rank, ranks = getattr(generator, 'share', (0, 1))
+    drawn = fn(ranks*shape[0], *shape[1:], generator=generator, device=like.device if generator is None else generator.device)
+    return drawn[rank*shape[0]:(rank + 1)*shape[0]].to(like)
 
 # %% ../nbs/00_core.ipynb #3c1d2fcf
 def resolve_device(

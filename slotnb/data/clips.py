@@ -364,13 +364,19 @@ class Loader:
         if hasattr(d, 'batch'): out = d.batch(index)
         else: out = gather(d, index, torch.zeros_like(index), d.lengths[0])
         return {k: v.pin_memory() if v is not None else None for k, v in out.items()} if self.pin else out
-    def batch(self, step: int) -> dict: # as `stack`
-        "The batch of one global training step."
+    def _rows(self, n: int, part: tuple) -> slice:
+        which, parts = part
+        if n % parts: raise ValueError(f'a batch of {n} items of {self.dataset.name!r} cannot be cut into {parts} equal parts' + ('' if self.drop_last else '; drop_last=True leaves out the rest of an epoch'))
+        return slice(which*n//parts, (which + 1)*n//parts)
+    def batch(self, step: int, part: tuple=(0, 1)) -> dict: # as `stack`
+        "The batch of one global training step, or one of its equal parts: (which, of how many)."
         epoch, i = divmod(step, len(self))
-        return self._read(self.order(epoch)[i*self.batch_size:(i + 1)*self.batch_size])
-    def stream(self, start_step: int, stop_step: int):
-        "The batches of steps `start_step` to `stop_step - 1`, prefetched."
-        return prefetch(self.batch, range(start_step, stop_step), self.workers)
+        index = self.order(epoch)[i*self.batch_size:(i + 1)*self.batch_size]
+        return self._read(index[self._rows(len(index), part)])
+    def stream(self, start_step: int, stop_step: int, part: tuple=(0, 1)):
+        "The batches of steps `start_step` to `stop_step - 1`, or the same part of each, prefetched."
+        for n in (self.batch_size, 0 if self.drop_last else len(self.dataset) % self.batch_size): self._rows(n, part) # before the first step rather than at an epoch's end
+        return prefetch(lambda step: self.batch(step, part), range(start_step, stop_step), self.workers)
     def __iter__(self):
         "One pass in the data set's order."
         every = torch.arange(len(self.dataset)).split(self.batch_size)[:len(self)]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from ..core import one_of
+from ..core import one_of, random_rows
 from .positions import grid, relative_grid, rotate
 
 # %% ../../nbs/20_layers/20_slot_attention.ipynb #fdfcf0ba
@@ -120,7 +120,7 @@ def _pose(self, content: Tensor, boxes: Tensor | None, generator) -> SlotState:
     "The slots with their first pose."
     if not self.pose: return SlotState(content)
     b, k = content.shape[:2]
-    draw = lambda fn, *shape: fn(*shape, generator=generator, device=generator.device if generator is not None else content.device).to(content)
+    noise = lambda fn, *shape: random_rows(fn, (b, k, *shape), generator, content)
     position = scale = rotation = None
     if boxes is not None:
         position = boxes[..., :2] + boxes[..., 2:] - 1
@@ -129,11 +129,11 @@ def _pose(self, content: Tensor, boxes: Tensor | None, generator) -> SlotState:
         position = self.position.clamp(-1, 1).expand(b, -1, -1)
         if 's' in self.pose: scale = self.scale.clamp(0.001, 2).expand(b, -1, -1)
     else:
-        position = draw(torch.rand, b, k, 2)*2 - 1
-        if 's' in self.pose: scale = (0.1 + 0.1*draw(torch.randn, b, k, 2)).clamp(0.001, 2)
+        position = noise(torch.rand, 2)*2 - 1
+        if 's' in self.pose: scale = (0.1 + 0.1*noise(torch.randn, 2)).clamp(0.001, 2)
     if 'r' in self.pose:
         if self.pose_init == 'learned': angle = self.angle.tanh().expand(b, -1)*math.pi/4
-        else: angle = (draw(torch.rand, b, k)*2 - 1)*math.pi/4
+        else: angle = (noise(torch.rand)*2 - 1)*math.pi/4
         if boxes is not None: angle = torch.zeros_like(angle)
         cos, sin = angle.cos(), angle.sin()
         rotation = rearrange(torch.stack([cos, -sin, sin, cos], -1), '... (i j) -> ... i j', i=2)
@@ -154,9 +154,7 @@ def _forward(self,
     if self.conditioned: content, boxes = self._condition(condition, batch)
     elif self.kind == 'learned': content = self.mean.expand(batch, -1, -1)
     else:
-        device = generator.device if generator is not None else self.mean.device
-        noise = torch.randn(batch, self.num_slots, self.dim, generator=generator, device=device).to(self.mean)
-        content = self.mean + self.log_std.exp()*noise
+        content = self.mean + self.log_std.exp()*random_rows(torch.randn, (batch, self.num_slots, self.dim), generator, self.mean)
     return self._pose(content, boxes, generator)
 
 def _condition_of(self,

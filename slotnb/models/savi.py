@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..core import one_of
+from ..core import one_of, random_rows
 from ..layers.slot_attention import SlotState, stack_slots
 from .autoencoder import PRESETS as IMAGE_PRESETS, AutoEncoder, AutoEncoderConfig, Record, check_video
 
@@ -94,9 +94,7 @@ def _kernel(self, slots: SlotState, generator) -> tuple[SlotState, dict]:
     if not self.config.stochastic: return slots.replace(content=mean), {}
     content = mean
     if self.training or self.sample_kernels:
-        device = generator.device if generator is not None else mean.device
-        noise = torch.randn(mean.shape, generator=generator, device=device).to(mean)
-        content = mean + noise*(logvar/2).exp()
+        content = mean + random_rows(torch.randn, mean.shape, generator, mean)*(logvar/2).exp()
     return slots.replace(content=content), {'kernel_mean': mean, 'kernel_logvar': logvar}
 
 SAVi._kernel = _kernel
