@@ -43,13 +43,23 @@ def holder(
     except (OSError, ValueError): return None
     return card if isinstance(card, dict) and 'pid' in card else None
 
+_HEARD = {} # what Slurm said last of this user's jobs, and when: a table of a hundred runs asks once
+
+def _squeue(*which: str) -> tuple[dict, str] | None: # job -> state, and what it complained of; `None`: no answer
+    try: asked = subprocess.run(['squeue', '--noheader', '--array', '--format=%i %T', *which], capture_output=True, text=True, timeout=20)
+    except subprocess.SubprocessError: return None
+    if asked.returncode and 'Invalid job id' not in asked.stderr: return None
+    return dict(line.split() for line in asked.stdout.splitlines()), asked.stderr
+
 def _slurm_says(job: str) -> bool | None: # `None`: there is no Slurm to ask, or it does not answer
     "Whether Slurm still has this job on a node."
     if not job or not shutil.which('squeue'): return None
-    try: asked = subprocess.run(['squeue', '--noheader', '--format=%T', '--jobs', job], capture_output=True, text=True, timeout=20)
-    except subprocess.SubprocessError: return None
-    if asked.returncode: return False if 'Invalid job id' in asked.stderr else None
-    return any(s in ('RUNNING', 'CONFIGURING', 'COMPLETING', 'SUSPENDED', 'STOPPED') for s in asked.stdout.split())
+    if time.monotonic() - _HEARD.get('when', -99) > 5: _HEARD.update(when=time.monotonic(), jobs=(_squeue('--me') or [{}])[0])
+    if job not in _HEARD['jobs']: # somebody else's, or gone
+        asked = _squeue('--jobs', job)
+        if asked is None: return None
+        _HEARD['jobs'] |= asked[0]
+    return _HEARD['jobs'].get(job) in ('RUNNING', 'CONFIGURING', 'COMPLETING', 'SUSPENDED', 'STOPPED')
 
 def _silence(card: Path) -> float: # seconds
     "How long ago a card was written, by the clock of the disk it lies on; a clock that was set back counts like one set forward."
@@ -108,7 +118,11 @@ class Claim:
             time.sleep(0.1)
         else: raise Taken(f'{self.folder} is being written by {_who(holder(self.folder, self.what))}')
         self.begun, self.before = time.monotonic(), before
-        self._write()
+        try: self._write()
+        except BaseException: # a full disk must not leave this process with a lock nobody knows of
+            os.close(self.handle)
+            self.handle = None
+            raise
         self.thread = threading.Thread(target=self._beats, daemon=True, name=f'slotnb-{self.what}')
         self.thread.start()
         return self

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'commit', 'environment', 'check_parameters', 'now', 'read_run', 'all_runs', 'Stopped', 'peak_memory',
-           'Run', 'run_name', 'run_folder', 'close_lost', 'start_run']
+           'Run', 'run_name', 'run_folder', 'writable', 'close_lost', 'start_run']
 
 # %% ../../nbs/60_batch/10_run.ipynb #1c88ee38
-import ast, atexit, dataclasses, json, os, platform, re, signal, socket, subprocess, sys, tempfile, threading, time, traceback
+import ast, atexit, contextlib, dataclasses, json, os, platform, re, signal, socket, subprocess, sys, tempfile, threading, time, traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -64,7 +64,8 @@ def check_parameters(
     for name, kind in kinds.items():
         value = namespace[name]
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f'parameter {name} must be {kind.__name__}, got {value!r} ({type(value).__name__})')
+            hint = f'. YAML reads {value} as text: write {value[0]}.0{value[1:]}' if kind is float and re.fullmatch(r'[1-9]e[+-]?\d+', str(value), re.I) else ''
+            raise ValueError(f'parameter {name} must be {kind.__name__}, got {value!r} ({type(value).__name__}){hint}')
     return {name: namespace[name] for name in kinds}
 
 # %% ../../nbs/60_batch/10_run.ipynb #caa3e1f7
@@ -96,8 +97,9 @@ def read_run(
             card = holder(folder) or {}
             message = f'process {card.get("pid", "unknown")} on {card.get("host", info.get("host", "an unknown machine"))} is gone without a word'
             info |= dict(status='failed', error=dict(name='Lost', message=message + ' (killed, or its machine was lost); the same command takes the run up from its last checkpoint'))
-    if info['status'] == 'queued' and info.get('executor') and not alive(info['executor']):
-        info |= dict(status='stopped', note='the executor that queued it is gone')
+    if info['status'] == 'queued' and not alive(folder, 'runner'): # else it is just being started
+        gone = not alive(info['executor']) if info.get('executor') else not info.get('submission')
+        if gone and _info(folder/'run.json')['status'] == 'queued': info |= dict(status='stopped', note='whoever queued it is gone')
     return {**info, 'folder': folder}
 
 def all_runs(
@@ -124,7 +126,7 @@ def _session(info: dict) -> dict:
     "What this stretch of a run uses, for the ledger."
     ranks, cuda = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), info['device'].startswith('cuda')
     return dict(begun=now(), seconds=0, host=info['host'], device=info['device'], device_name=info['device_name'], gpus=ranks*cuda,
-                cpus=int(os.environ.get('SLURM_CPUS_PER_TASK') or ranks*info['threads']), slurm_job=info['slurm_job'], cluster=os.environ.get('SLURM_CLUSTER_NAME') or os.environ.get('SLOTNB_CLUSTER', ''))
+                cpus=int(os.environ.get('SLURM_CPUS_PER_TASK') or ranks*info['threads']), slurm_job=info['slurm_job'], cluster=os.environ.get('SLOTNB_CLUSTER') or os.environ.get('SLURM_CLUSTER_NAME', ''))
 
 # %% ../../nbs/60_batch/10_run.ipynb #210d4199
 @dataclasses.dataclass
@@ -212,13 +214,27 @@ def run_folder(
 # %% ../../nbs/60_batch/10_run.ipynb #a74c994a
 _OPEN = {} # folder -> the run this process has there
 
+@contextlib.contextmanager
+def writable(folder: Path):
+    "Make a run's folder; an `OSError` inside the block says what to do about it."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as e:
+        raise OSError(e.errno, f'{folder} cannot be written ({e.strerror or e}): give a folder for runs that can be (SLOTNB_RUNS, --root, or the parameter runs_dir)') from None
+
+@contextlib.contextmanager
+def _undisturbed():
+    "Signals wait until the block is over: a claim must not be taken by a process that dies of the first one."
+    if not hasattr(signal, 'pthread_sigmask'): yield; return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 def _take(folder: Path) -> Claim:
     "The claim to a run's folder; a setup cell that is executed again ends what it began before."
     if old := _OPEN.pop(folder, None): old._end('stopped', stopped='started again in the same process')
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise OSError(e.errno, f'{folder} cannot be made ({e.strerror}): give a folder for runs that may be written (parameter runs_dir, or SLOTNB_RUNS)') from None
-    try: return Claim(folder).take()
-    except OSError as e: raise OSError(e.errno, f'{folder} cannot be written ({e.strerror or e}): give a folder for runs that may be written (parameter runs_dir, or SLOTNB_RUNS)') from None
+    with writable(folder): return Claim(folder).take()
 
 def close_lost(before: dict, card: dict | None):
     "A session that was killed could not say how long it took: its card knows to within a beat."
@@ -244,6 +260,9 @@ def start_run(
     "Make or reopen the folder of a run, and claim it: `Taken` where another process is writing there."
     if not root and os.environ.get('IN_TEST'): root = tempfile.mkdtemp(prefix='slotnb-')
     folder, rank = run_folder(experiment, parameters, root, name, resolve_device(device).type), int(os.environ.get('RANK', 0))
+    with _undisturbed(): return _begin(folder, rank, experiment, parameters, device)
+
+def _begin(folder: Path, rank: int, experiment: str, parameters: dict, device) -> Run:
     claim = _take(folder) if rank == 0 else None
     before = _info(folder/'run.json')
     again = before.get('status') == 'done'

@@ -11,7 +11,7 @@ import ast, contextlib, os, re, signal, subprocess, sys, tempfile, threading, ti
 from pathlib import Path
 
 from .claim import Claim, Taken, alive, holder
-from .run import _FREE, close_lost, now, read_run, run_folder
+from .run import _FREE, close_lost, now, read_run, run_folder, writable
 from ..core import atomic_path, one_of, project_root, require, resolve_device, runs_dir, write_json
 
 # %% ../../nbs/60_batch/15_runner.ipynb #95f050c9
@@ -137,7 +137,7 @@ def resolve(
     preset: str='', # short for the parameter of that name
     name: str='', # of the run
     root: str | Path='', # folder of all runs; '': `runs_dir()`
-    kind: str='', # of the device it will run on; '': of the parameter `device`, here
+    kind: str='', # of the device it will run on, where the parameter `device` leaves it open; '': this machine's
 ) -> tuple[Path, dict, dict, Path]: # notebook, given parameters, all parameters, folder
     "What a run would be; nothing is made."
     notebook = find_experiment(experiment)
@@ -146,7 +146,8 @@ def resolve(
     for taken, other in (('run', 'name'), ('runs_dir', 'root')):
         if taken in given: raise ValueError(f'parameter {taken} is set by the runner: give {other}')
     every = {k: v[1] for k, v in kinds.items()} | given
-    kind = kind or resolve_device(every.get('device', 'auto')).type
+    device = str(every.get('device', 'auto')) # one that is named decides, also where it is not (a login node has no GPU)
+    kind = one_of('device', device.split(':')[0], ['cpu', 'cuda', 'mps']) if device != 'auto' else kind or resolve_device('auto').type
     return notebook, given, {k: v for k, v in every.items() if k not in _FREE}, run_folder(notebook.stem, every, root, name, kind)
 
 # %% ../../nbs/60_batch/15_runner.ipynb #a6e02839
@@ -195,18 +196,20 @@ def run(
 ) -> dict: # what `run.json` then says, with 'folder'
     "Execute one run, or take it up again, or find it done. `ValueError` before anything is made when it cannot be, `Taken` when somebody is at it."
     notebook, given, every, folder = resolve(experiment, parameters, preset, name, root)
+    resolve_device(given.get('device', 'auto')) # what is not here is refused now
     before = read_run(folder)
     if before.get('status') == 'done' and (folder/'metrics.json').is_file(): return before
-    if alive(folder): Claim(folder).take() # says who
-    folder.mkdir(parents=True, exist_ok=True)
+    if alive(folder): Claim(folder).take().release() # says who; nothing, if it has gone meanwhile
+    with writable(folder): claim = Claim(folder, 'runner').take()
     asked, cwd = [], project_root() or notebook.parent
-    with Claim(folder, 'runner'):
+    with claim:
         job = dict(notebook=str(notebook), folder=str(folder), parameters=given | dict(runs_dir=str(folder.parent.parent), run=folder.name), cwd=str(cwd))
         if not before: write_json(folder/'run.json', dict(experiment=notebook.stem, run=folder.name, parameters=every, status='queued', queued=now(), **(notes or {})))
         with _forwarding(folder, asked):
             try: error = _several(ranks, job, live) if ranks > 1 else _one(job, live)
             except KeyboardInterrupt: error = dict(name='Interrupted', message=f'{asked[-1] if asked else "SIGINT"} before the run had begun or for the third time', cell=None, traceback='')
-        return _how_it_ended(folder, error, asked)
+        if error and error['name'] == 'Taken': raise Taken(error['message']) # by a process that was quicker than our kernel: it has the say
+        return _how_it_ended(folder, error)
 
 def _one(job: dict, live: bool) -> dict | None:
     with open(Path(job['folder'])/'log.txt', 'a') as log:
@@ -223,7 +226,7 @@ def _several(ranks: int, job: dict, live: bool) -> dict | None:
     first = json.loads(errors[0].read_text())
     return first | dict(message=f'rank {errors[0].stem}: {first["message"]}')
 
-def _how_it_ended(folder: Path, error: dict | None, asked: list) -> dict:
+def _how_it_ended(folder: Path, error: dict | None) -> dict:
     "The last word in run.json, where the notebook could not speak it."
     for _ in range(50): # a kernel that was told to go may still be writing
         if not alive(folder): break

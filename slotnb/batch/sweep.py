@@ -7,7 +7,7 @@ __all__ = ['list_type', 'Sweep', 'sweep_file', 'read_sweep', 'Planned', 'plan', 
            'submission', 'queue', 'task_environment', 'run_local', 'task']
 
 # %% ../../nbs/60_batch/20_sweep.ipynb #5e92b262
-import hashlib, itertools, json, os, shutil, signal, statistics, subprocess, sys, tempfile, threading, time
+import contextlib, hashlib, itertools, json, os, shutil, signal, statistics, subprocess, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,8 +15,8 @@ import torch
 
 import slotnb
 from .claim import Claim
-from .run import _FREE, all_runs, commit, now, read_run
-from .runner import notebook_parameters, resolve, run
+from .run import _FREE, all_runs, commit, now, read_run, writable
+from .runner import STOPPED, TAKEN, notebook_parameters, resolve, run
 from ..core import Config, atomic_path, data_dir, one_of, project_root, require, resolve_device, runs_dir, write_json
 
 # %% ../../nbs/60_batch/20_sweep.ipynb #e5f9b25c
@@ -109,6 +109,7 @@ def plan(
         notebook, given, every, folder = resolve(sweep.experiment, {**sweep.parameters, **labels}, sweep.preset, '', root, kind)
         if folder in named: raise ValueError(f'sweep {sweep.name} asks twice for the same run: {labels} and {named[folder]}')
         named[folder] = labels
+        if kind == 'cuda' and given.get('device', 'auto') == 'auto' and 'device' in notebook_parameters(notebook): given['device'] = 'cuda' # a node without GPUs is an error, not a slow run
         out.append(Planned(notebook.stem, folder.name, given, {k: given[k] for k in labels}, str(notebook)))
     return out
 
@@ -185,8 +186,11 @@ def submission(sweep: Sweep, runs: list[Planned], root: str | Path='') -> tuple[
     home = root/'sweeps'/sweep.name
     left = [Planned(**{**asdict(p), 'notebook': str(code/inside)}) for p in runs if read_run(p.folder(root)).get('status') not in ('done', 'running')]
     stamp = time.strftime('%Y%m%d-%H%M%S')
-    folder = next(f for i in itertools.count() if not (f := home/'submissions'/(stamp + (f'-{i}' if i else ''))).exists())
-    (folder/'log').mkdir(parents=True)
+    for i in itertools.count():
+        folder = home/'submissions'/(stamp + (f'-{i}' if i else ''))
+        with contextlib.suppress(FileExistsError):
+            (folder/'log').mkdir(parents=True)
+            break
     write_plan(home/'plan.jsonl', runs)
     write_json(home/'sweep.json', asdict(sweep))
     write_plan(folder/'plan.jsonl', left)
@@ -223,12 +227,17 @@ def run_local(
     root, cores, gpus = Path(root or runs_dir()).expanduser().absolute(), len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), torch.cuda.device_count()
     at_a_time = at_a_time or gpus or max(1, cores//2)
     if not 1 <= at_a_time <= cores: raise ValueError(f'at_a_time must be from 1 to the {cores} cores there are, got {at_a_time}')
-    folder, left, code = submission(sweep, runs, root)
-    with Claim(folder):
-        queue(sweep, left, folder, code, root)
-        write_json(folder/'job.json', dict(executor='local', at_a_time=at_a_time, submitted=now(), code=code.name, pid=os.getpid()))
-        _Pool(folder, left, code, root, at_a_time, max(1, cores//at_a_time), gpus, say).work()
+    with writable(root/'sweeps'/sweep.name): only = Claim(root/'sweeps'/sweep.name, 'sweep').take() # two of them would start everything twice
+    with only:
+        folder, left, code = submission(sweep, runs, root)
+        with Claim(folder): _work(sweep, left, folder, code, root, at_a_time, cores, gpus, say)
     return [read_run(p.folder(root)) for p in runs]
+
+def _work(sweep, left, folder, code, root, at_a_time, cores, gpus, say):
+    "Queue what is left and go through it."
+    queue(sweep, left, folder, code, root)
+    write_json(folder/'job.json', dict(executor='local', at_a_time=at_a_time, submitted=now(), code=code.name, pid=os.getpid()))
+    _Pool(folder, left, code, root, at_a_time, max(1, cores//at_a_time), gpus, say).work()
 
 # %% ../../nbs/60_batch/20_sweep.ipynb #fe246573
 class _Pool:
@@ -252,7 +261,8 @@ class _Pool:
             place, p, begun = self.busy.pop(process)
             self.free, self.ended, info = sorted([*self.free, place]), self.ended + 1, read_run(p.folder(self.root))
             error = info.get('error') or {}
-            if process.returncode and info.get('status') in ('queued', 'running', None): # it never came as far as the run's folder
+            if process.returncode == TAKEN: self.say(f'{self.ended}/{self.total} left to whoever is at it: {p.title}'); continue
+            if process.returncode and info.get('status') in ('queued', 'running', 'stopped') and process.returncode != STOPPED: # it never came as far as the run's folder
                 tail = (self.folder/'log'/f'{[q.run for q in read_plan(self.folder/"plan.jsonl")].index(p.run)}.out').read_text().strip().splitlines()[-1:]
                 error = dict(name='Task', message=f'ended with {process.returncode}: {" ".join(tail)}', cell=None, traceback='')
                 info = {k: v for k, v in info.items() if k not in ('folder', 'executor')} | dict(status='failed', error=error, finished=now())
@@ -288,4 +298,6 @@ def task(
     runs = read_plan(plan_file)
     if not 0 <= index < len(runs): raise ValueError(f'{plan_file} has tasks 0 to {len(runs) - 1}, got {index}')
     p = runs[index]
+    before = read_run(p.folder())
+    if before.get('stopped') == 'cancelled': return before # while this process was starting
     return run(p.notebook, p.parameters, name=p.run, live=live)
