@@ -160,7 +160,7 @@ def _forwarding(folder: Path, asked: list):
         if card and alive(folder):
             with contextlib.suppress(ProcessLookupError): os.kill(card['pid'], signal.SIGUSR1)
             print(f'\n{asked[-1]}: stopping after a checkpoint', flush=True)
-        if len(asked) > 2 or not (card and alive(folder)): raise KeyboardInterrupt # nobody to hand it to, or out of patience
+        if asked.count('SIGINT') > 2 or not (card and alive(folder)): raise KeyboardInterrupt # out of patience, or nobody to hand it to
     before = {}
     if threading.current_thread() is threading.main_thread():
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'): before[name] = signal.signal(getattr(signal, name), forward)

@@ -21,7 +21,7 @@ class Cluster(Config):
     "What a run asks of a cluster, how its environment is made there, and what an hour costs."
     name: str = '' # the file's, without .yaml
     partition: str = ''; qos: str = ''; account: str = ''; constraint: str = '' # '': the cluster's own choice
-    gpus: int = 0 # of one run
+    gpus: int = 0 # of one run; several train it together, a rank each
     gres: str = '' # how to ask for them, e.g. 'gpu:v100:1'; '': 'gpu:<gpus>'
     cpus: int = 1 # cores of one run
     memory: str = '' # e.g. '16G'; '': the cluster's own choice
@@ -168,11 +168,11 @@ def array_script(
             f'# One task:      sbatch --array=0 {q(str(folder/"script.sh"))}', f'# Without Slurm: SLURM_ARRAY_TASK_ID=0 bash {q(str(folder/"script.sh"))}']
     if any('\n' in line or '\r' in line for line in head): raise ValueError(f'a path of the submission holds a line break: {[str(folder), str(code)]}')
     made = [*(f'module load {q(m)}' for m in cluster.modules), *([cluster.activate] if cluster.activate else []), *cluster.setup]
-    exports = dict(SLOTNB_RUNS=root, SLOTNB_DATA=data, SLOTNB_CLUSTER=cluster.name)
+    exports = dict(SLOTNB_RUNS=root, SLOTNB_DATA=data, SLOTNB_CLUSTER=cluster.name, SLOTNB_RANKS=cluster.gpus if cluster.gpus > 1 else '')
     lines = [f'plan={q(str(folder/"plan.jsonl"))}', f'python={q(python)}', f'requeues={cluster.requeues}', '',
              'echo "slotnb: $(date "+%F %T"), task ${SLURM_ARRAY_TASK_ID} of job ${SLURM_ARRAY_JOB_ID:-none} on $(hostname), GPUs ${CUDA_VISIBLE_DEVICES:-none}, start $((${SLURM_RESTART_COUNT:-0} + 1))"',
              'set -e   # what goes wrong from here on ends the task, not in a strange error of Python', *made, *(f'export {k}={q(str(v))}' for k, v in exports.items() if str(v)),
-             f'export PYTHONPATH={q(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"', f'export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-{cluster.cpus}}}"', 'export MKL_NUM_THREADS="$OMP_NUM_THREADS" OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1', f'cd {q(str(code))}']
+             f'export PYTHONPATH={q(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"', f'export OMP_NUM_THREADS=$((${{SLURM_CPUS_PER_TASK:-{cluster.cpus}}}{f" / {cluster.gpus}" if cluster.gpus > 1 else ""}))', 'export MKL_NUM_THREADS="$OMP_NUM_THREADS" OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1', f'cd {q(str(code))}']
     return '\n'.join([*head, *_options(cluster, sweep, n, folder, at_a_time), '', _TRAPS, '', *lines, _TAIL, ''])
 
 # %% ../../nbs/60_batch/30_slurm.ipynb #805b319b

@@ -300,4 +300,4 @@ def task(
     p = runs[index]
     before = read_run(p.folder())
     if before.get('stopped') == 'cancelled': return before # while this process was starting
-    return run(p.notebook, p.parameters, name=p.run, live=live)
+    return run(p.notebook, p.parameters, name=p.run, ranks=int(os.environ.get('SLOTNB_RANKS') or 1), live=live)
