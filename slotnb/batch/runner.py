@@ -129,7 +129,7 @@ def execute(
 # %% ../../nbs/60_batch/15_runner.ipynb #a17fd889
 DONE, FAILED, REFUSED, TAKEN, STOPPED = 0, 1, 2, 3, 75 # exit codes; 75 is "try again" to a scheduler
 
-def exit_code(info: dict) -> int: return {'done': DONE, 'stopped': STOPPED}.get(info.get('status'), FAILED)
+def exit_code(info: dict) -> int: return {'done': DONE, 'stopped': STOPPED, 'running': TAKEN, 'queued': TAKEN}.get(info.get('status'), FAILED)
 
 def resolve(
     experiment: str, # name or path

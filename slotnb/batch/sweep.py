@@ -227,7 +227,7 @@ def run_local(
     root, cores, gpus = Path(root or runs_dir()).expanduser().absolute(), len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), torch.cuda.device_count()
     at_a_time = at_a_time or gpus or max(1, cores//2)
     if not 1 <= at_a_time <= cores: raise ValueError(f'at_a_time must be from 1 to the {cores} cores there are, got {at_a_time}')
-    with writable(root/'sweeps'/sweep.name): only = Claim(root/'sweeps'/sweep.name, 'sweep').take() # two of them would start everything twice
+    with writable(root/'sweeps'/sweep.name): only = Claim(root/'sweeps'/sweep.name, 'executor').take() # two of them would start everything twice
     with only:
         folder, left, code = submission(sweep, runs, root)
         with Claim(folder): _work(sweep, left, folder, code, root, at_a_time, cores, gpus, say)
@@ -262,7 +262,10 @@ class _Pool:
             self.free, self.ended, info = sorted([*self.free, place]), self.ended + 1, read_run(p.folder(self.root))
             error = info.get('error') or {}
             if process.returncode == TAKEN: self.say(f'{self.ended}/{self.total} left to whoever is at it: {p.title}'); continue
-            if process.returncode and info.get('status') in ('queued', 'running', 'stopped') and process.returncode != STOPPED: # it never came as far as the run's folder
+            if self.asked and process.returncode < 0 and info.get('status') in ('queued', 'stopped'): # told to stop before Python could listen
+                info = {k: v for k, v in info.items() if k not in ('folder', 'executor')} | dict(status='stopped', stopped='before it began')
+                write_json(p.folder(self.root)/'run.json', info)
+            elif process.returncode and info.get('status') in ('queued', 'running', 'stopped') and process.returncode != STOPPED: # it never came as far as the run's folder
                 tail = (self.folder/'log'/f'{[q.run for q in read_plan(self.folder/"plan.jsonl")].index(p.run)}.out').read_text().strip().splitlines()[-1:]
                 error = dict(name='Task', message=f'ended with {process.returncode}: {" ".join(tail)}', cell=None, traceback='')
                 info = {k: v for k, v in info.items() if k not in ('folder', 'executor')} | dict(status='failed', error=error, finished=now())
@@ -299,5 +302,5 @@ def task(
     if not 0 <= index < len(runs): raise ValueError(f'{plan_file} has tasks 0 to {len(runs) - 1}, got {index}')
     p = runs[index]
     before = read_run(p.folder())
-    if before.get('stopped') == 'cancelled': return before # while this process was starting
+    if before.get('stopped') == 'cancelled' or (before.get('executor') and before.get('note')): return before # cancelled, or the sweep was killed, while this process was starting
     return run(p.notebook, p.parameters, name=p.run, ranks=int(os.environ.get('SLOTNB_RANKS') or 1), live=live)
