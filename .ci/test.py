@@ -73,7 +73,11 @@ def papermill(temporary):
     print(table(json.loads(found[0].read_text())))
 
 def pytest(temporary):
-    call(sys.executable, '-m', 'pytest', '-q', '-m', 'not slow', '-rs', '--durations=5', **FAST)
+    call(sys.executable, '-m', 'pytest', '-q', '-m', 'not slow', '-rs', '--durations=5', '--ignore', 'tests/test_slurm.py', **FAST)
+
+def slurm(temporary):
+    "All of it, on a cluster of one node that is brought up for the purpose, where Slurm is installed."
+    call(sys.executable, '-m', 'pytest', '-q', '-rs', '--durations=5', 'tests/test_slurm.py', **FAST)
 
 def built(temporary):
     "The wheel, made from the source distribution, complete and free of anything else."
@@ -131,7 +135,7 @@ def wheel(temporary):
     call(python, '-I', '-c', f'block = {blocks[0]!r}\n{DECOMPOSE}', cwd=temporary)
 
 def slow_pytest(temporary):
-    call(sys.executable, '-m', 'pytest', '-v', '-m', 'slow', '-rs', '--durations=0', OMP_WAIT_POLICY='PASSIVE')
+    call(sys.executable, '-m', 'pytest', '-v', '-m', 'slow', '-rs', '--durations=0', '--ignore', 'tests/test_slurm.py', OMP_WAIT_POLICY='PASSIVE')
 
 def slow_notebooks(temporary):
     call(BIN/'nbdev_test', '--n_workers', '1', '--do_print', '--timing', '--flags', 'slow', **QUIET, PYTHONUNBUFFERED='1', OMP_WAIT_POLICY='PASSIVE')
@@ -154,4 +158,4 @@ def main(stages):
     if any(v.startswith('FAILED') for *_, v in outcome): sys.exit('make test: something failed, see above')
 
 if __name__ == '__main__':
-    main([slow_pytest, slow_notebooks] if sys.argv[1:] == ['slow'] else [export, clean, readme, papermill, pytest, notebooks, wheel])
+    main([slow_pytest, slow_notebooks] if sys.argv[1:] == ['slow'] else [export, clean, readme, papermill, pytest, slurm, notebooks, wheel])

@@ -1,5 +1,6 @@
-"""Faults of runs and sweeps: kills, signals, full and read-only disks, two writers, clocks that jump, damaged and hostile checkpoints. Whatever happens, status and errors are true, and the same command ends with the numbers of an unbroken run."""
-import contextlib, json, os, pickle, random, re, shutil, signal, socket, subprocess, sys, tempfile, textwrap, threading, time, uuid, zlib
+"""Faults of runs and sweeps: kills, signals, full and read-only disks, two writers, clocks that jump, damaged and hostile checkpoints.
+Whatever happens, status and errors are true, and the same command ends with the numbers of an unbroken run."""
+import contextlib, json, os, pickle, random, re, shutil, signal, socket, subprocess, sys, threading, time, uuid, zipfile, zlib
 from pathlib import Path
 
 import nbformat
@@ -94,7 +95,8 @@ trouble('notebook.ipynb')
 
 def toy(folder, cells=CELLS):
     "The notebook `toy.ipynb` in a folder."
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# toy\n\n> Noise, learned.'), *map(nbformat.v4.new_code_cell, [PARAMETERS.strip(), *(c.strip() for c in cells)])])
+    code = [nbformat.v4.new_code_cell(c.strip()) for c in (PARAMETERS, *cells)]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# toy\n\n> Noise, learned.'), *code])
     notebook.cells[1].metadata['tags'] = ['parameters']
     notebook.metadata['kernelspec'] = dict(name='python3', language='python', display_name='python3')
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +124,7 @@ def here(root, name, until=None, **parameters):
 
 def lives(pid) -> bool:
     "Whether a process runs; one that is dead but not collected does not."
+    if pid < 0: return False
     try: return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess: return False
 
@@ -140,7 +143,8 @@ class Lab:
         self.said += 1
         path = self.folder/f'said-{self.said}.txt'
         with open(path, 'w') as f:
-            process = subprocess.Popen([sys.executable, '-m', *map(str, command)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, env=self.environment(**environment), start_new_session=True)
+            process = subprocess.Popen([sys.executable, '-m', *map(str, command)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT,
+                                       env=self.environment(**environment), start_new_session=True)
         process.said = path
         return process
 
@@ -179,20 +183,25 @@ def lab(tmp_path):
     yield lab
     lab.end()
 
+def lie(folder): # (status, '' or what is wrong with it)
+    "A run's status, and whether a process belies it."
+    def writer(): return lives((holder(folder) or {}).get('pid', -1))
+    was = writer()
+    info = read_run(folder)
+    if info.get('status') == 'running' and not (was or writer()): return 'running', f'running, but nobody is there: {info}'
+    error = info.get('error') or {}
+    if error.get('name') == 'Lost' and (named := re.search(r'process (\d+)', error['message'])) and lives(int(named[1])): return 'failed', f'lost, but process {named[1]} is there: {info}'
+    for seconds in (info.get('seconds', 0), *(s['seconds'] for s in info.get('sessions', []))): assert 0 <= seconds < 600
+    return info.get('status'), ''
+
 def truth(folder, grace=2.):
-    "A run's status, after checking that it is one that can be true now; a dying process may hold its lock for a moment after it is listed as dead."
+    "A run's status, which must be true but for the moment in which a process dies: its lock and its place in the list of processes do not go together."
     end = time.monotonic() + grace
     while True:
-        pid = (holder(folder) or {}).get('pid')
-        was = pid is not None and lives(pid)
-        info = read_run(folder)
-        if info.get('status') != 'running' or was or lives((holder(folder) or {}).get('pid', 0)): break
-        assert time.monotonic() < end, f'running, but process {pid} is gone: {info}'
+        status, wrong = lie(folder)
+        if not wrong: return status
+        assert time.monotonic() < end, wrong
         time.sleep(0.05)
-    error = info.get('error') or {}
-    if error.get('name') == 'Lost' and (named := re.search(r'process (\d+)', error['message'])): assert not lives(int(named[1])), f'lost, but process {named[1]} is there: {info}'
-    for seconds in (info.get('seconds', 0), *(s['seconds'] for s in info.get('sessions', []))): assert 0 <= seconds < 600
-    return info.get('status')
 
 def wait(for_it, seconds=60, say=''):
     "Until something is true; what it then is."
@@ -214,7 +223,7 @@ def finish(process, folder=None, seconds=240):
 def at_rest(lab, folder, seconds=15):
     "Wait until nothing works any more, and see that the status says so."
     wait(lambda: [truth(folder)] and not lab.processes(), seconds, 'processes to go')
-    assert truth(folder) not in ('running', 'queued'), read_run(folder)
+    wait(lambda: truth(folder) not in ('running', 'queued'), 3, 'a status without a process') # one that is about to be dead is not listed, but has its lock
 
 def again(command, folder, tries=12):
     "The same command until it ends well; how often it had to be given, because somebody was still at it."
@@ -367,13 +376,15 @@ def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for 
 FULL = { # where the disk is full: what is said, and what must be there and whole afterwards
     'claim.json': ('claim.json could not be written', ()),
     'run.json': ('run.json could not be written', ()),
-    'step 18': ('the checkpoint of step 20 could not be written(?s:.*)intact: (?s:.*)step-000015', ('checkpoints/step-000015/training.safetensors', 'checkpoints/step-000015/model.safetensors')),
+    'step 18': ('the checkpoint of step 20 could not be written(?s:.*)intact: (?s:.*)step-000015',
+                ('checkpoints/step-000015/training.safetensors', 'checkpoints/step-000015/model.safetensors')),
     'metrics.json': ('metrics.json could not be written', ('checkpoints/step-000040/training.safetensors', 'model/model.safetensors')),
     'the end': ('run.json could not be written', ('checkpoints/step-000040/training.safetensors', 'model/model.safetensors', 'metrics.json')),
     'notebook.ipynb': ('notebook.ipynb could not be written', ('checkpoints/step-000040/training.safetensors', 'metrics.json')),
 }
 
-@pytest.mark.parametrize('place', [p if p == 'step 18' else pytest.param(p, marks=slow) for p in FULL])
+@slow
+@pytest.mark.parametrize('place', FULL)
 def test_a_full_disk(lab, unbroken, place, capsys):
     "What could not be written, and where; what was there is whole; with space again the same command ends it."
     with mounted(lab.folder/'small', '-t', 'tmpfs', '-o', 'size=64m', 'tmpfs') as small:
@@ -383,7 +394,8 @@ def test_a_full_disk(lab, unbroken, place, capsys):
         said, (words, whole) = process.said.read_text(), FULL[place]
         assert 'No space left on device' in said and re.search(words, said), said
         before, status = files(folder), read_run(folder)['status']
-        assert (code, status) == {'notebook.ipynb': (DONE, 'done'), 'claim.json': (FAILED, 'stopped'), 'run.json': (FAILED, 'stopped')}.get(place, (FAILED, 'failed')), (code, status, said) # run.json says what it could
+        early = place in ('claim.json', 'run.json') # run.json could not learn more than that it was queued
+        assert (code, status) == ((DONE, 'done') if place == 'notebook.ipynb' else (FAILED, 'stopped' if early else 'failed')), (code, status, said)
         nbformat.read(folder/'notebook.ipynb', 4) # an older one, but whole
         for name in whole: assert name in before
         for saved in checkpoints(folder/'checkpoints'): read_training(saved)
@@ -400,7 +412,8 @@ def test_a_disk_that_is_full_before_the_run(lab, unbroken):
         filler = small/'filler'
         with contextlib.suppress(OSError), open(filler, 'wb', buffering=0) as f: f.write(bytes(64*2**20))
         process = lab.run('r', root=small)
-        assert finish(process) in (FAILED, REFUSED) and re.search(r'small/toy/r\S* (cannot|could not) be written \((?s:.*)No space left on device', process.said.read_text()), process.said.read_text()
+        code, said = finish(process), process.said.read_text()
+        assert code in (FAILED, REFUSED) and re.search(r'small/toy/r\S* (cannot|could not) be written \((?s:.*)No space left on device', said), (code, said)
         filler.unlink()
         assert again(lambda: lab.run('r', root=small), small/'toy'/'r') == 1 and same(small/'toy'/'r', unbroken)
 
@@ -416,9 +429,9 @@ def test_a_read_only_folder(lab):
     "Refused by name, and how to have another; what is there can be read, a running run too."
     here(lab.root, 'finished')
     folder = here(lab.root, 'begun', until=12)
-    running = lab.root/'toy'/'running'
+    running = lab.root/'toy'/'busy'
     shutil.copytree(folder, running)
-    info = json.loads((running/'run.json').read_text()) | dict(run='running', status='running')
+    info = json.loads((running/'run.json').read_text()) | dict(run='busy', status='running')
     (running/'run.json').write_text(json.dumps(info))
     before = files(lab.root)
     with mounted(lab.folder/'locked', '--bind', lab.root) as locked:
@@ -430,12 +443,11 @@ def test_a_read_only_folder(lab):
         process = lab.run('finished', root=locked)
         assert finish(process) == DONE, process.said.read_text()
         with Claim(running): statuses = {i['run']: i['status'] for i in all_runs(locked)}
-        assert statuses == dict(finished='done', begun='stopped', running='running')
-        assert read_run(locked/'toy'/'running')['status'] == 'failed' # nobody holds it now
-        try: from slotnb.batch.watch import status_table
-        except ImportError: pass
-        else:
-            with Claim(running): assert re.search('running.*running|running', str(status_table('', locked)))
+        assert statuses == dict(finished='done', begun='stopped', busy='running')
+        assert read_run(locked/'toy'/'busy')['status'] == 'failed' # nobody holds it now
+        with Claim(running):
+            process = lab.start('slotnb.batch.cli', 'status', '--root', locked)
+            assert finish(process) == DONE and re.search('busy.*running', process.said.read_text()), process.said.read_text()
     assert {k: v for k, v in files(lab.root).items() if 'claim' not in k} == {k: v for k, v in before.items() if 'claim' not in k}
 
 # ---------------------------------------------------------------- damaged and hostile checkpoints
@@ -447,6 +459,7 @@ def dress_up(checkpoint, name, data):
     state['files'][name] = [len(data), zlib.crc32(data)]
     (checkpoint/'state.json').write_text(json.dumps(state))
 
+@slow
 def test_a_truncated_checkpoint(lab, unbroken, capsys):
     "The one before is taken up, and log.txt says so."
     folder = here(lab.root, 'r', until=17)
@@ -475,7 +488,10 @@ def test_hostile_files_are_what_they_seem(tmp_path):
     for i, kind in enumerate(('pickle', 'torch.save', 'torch.save, old')):
         hostile(kind, tmp_path/str(i), tmp_path/'file')
         if kind == 'pickle': pickle.loads((tmp_path/'file').read_bytes())
-        else: torch.load(tmp_path/'file', weights_only=bool(0))
+        elif kind == 'torch.save':
+            with zipfile.ZipFile(tmp_path/'file') as z: pickle.loads(z.read(next(n for n in z.namelist() if n.endswith('data.pkl'))))
+        else:
+            with open(tmp_path/'file', 'rb') as f: [pickle.load(f) for _ in range(4)] # three of its own before ours
         assert (tmp_path/str(i)).is_dir()
 
 @pytest.mark.parametrize('name, kind', HOSTILE)
@@ -513,10 +529,11 @@ def test_hostile_checkpoints_and_the_runner(lab, unbroken, capsys):
 
 def executions(folder): return len((folder/'executions.txt').read_text().split())
 
-def pair(lab, draw, first, second, folder):
+def pair(lab, draw, first, second, folder, first_claims=False):
     "Two commands started up to two seconds apart: the exit codes, and what the one that was refused said."
     a = first()
-    time.sleep(2*draw.random()*draw.choice([0, 1, 1]))
+    if first_claims: wait(lambda: alive(folder), 60, 'the first')
+    else: time.sleep(2*draw.random()*draw.choice([0, 1, 1]))
     b = second()
     pids = {a.pid, b.pid}
     while a.poll() is None or b.poll() is None:
@@ -538,20 +555,20 @@ def test_two_runners(lab, unbroken, times, capsys):
     draw = random.Random('two runners')
     for i in range(times):
         folder = lab.root/'toy'/f'r{i}'
-        pair(lab, draw, lambda: lab.run(f'r{i}'), lambda: lab.run(f'r{i}'), folder)
+        pair(lab, draw, *[lambda: lab.run(f'r{i}', '-p', 'pause', '0.05')]*2, folder)
         assert executions(folder) == 1 and same(folder, unbroken)
     tally(f'two runners, {times} times: 1 executed, the other named host and pid, identical metrics', capsys)
 
 @slow
 def test_a_runner_and_papermill(lab, unbroken, capsys):
     draw, firsts = random.Random('runner and papermill'), []
-    for i in range(6):
+    for i in range(4):
         folder = lab.root/'toy'/f'r{i}'
-        commands = [lambda: lab.run(f'r{i}'), lambda: lab.papermill(f'r{i}')]
-        lost = pair(lab, draw, *commands[::1 if i % 2 else -1], folder)
+        commands = [lambda: lab.run(f'r{i}', '-p', 'pause', '0.1'), lambda: lab.papermill(f'r{i}', '-p', 'pause', '0.1')]
+        lost = pair(lab, draw, *commands[::1 if i % 2 else -1], folder, first_claims=i % 2) # papermill comes up faster
         firsts.append('papermill' if lost.args[2] != 'papermill' else 'runner')
         assert executions(folder) == 1 and same(folder, unbroken)
-    tally(f'a runner and papermill, 6 times ({counted(firsts)} executed): the other named host and pid, identical metrics', capsys)
+    tally(f'a runner and papermill, 4 times ({counted(firsts)} executed): the other named host and pid, identical metrics', capsys)
 
 SWEEP = '''
 title: Three runs
@@ -583,7 +600,7 @@ def check_sweep(lab, unbroken_seeds):
 def test_two_sweeps_of_one_file(lab, unbroken_seeds, capsys):
     "Every run is executed once; the second sweep says who is at it."
     draw, start = random.Random('two sweeps'), sweep(lab)
-    for i in range(3):
+    for i in range(2):
         a = start()
         time.sleep(draw.choice([0, 3])*draw.random())
         b = start()
@@ -597,7 +614,7 @@ def test_two_sweeps_of_one_file(lab, unbroken_seeds, capsys):
         assert named and int(named[1]) == (a if lost[0] is b else b).pid and named[2] == socket.gethostname(), said
         for folder in check_sweep(lab, unbroken_seeds): assert executions(folder) == 1
         shutil.rmtree(lab.root)
-    tally('two sweeps of one file, 3 times: 9 runs, each executed once, identical metrics', capsys)
+    tally('two sweeps of one file, 2 times: 6 runs, each executed once, identical metrics', capsys)
 
 # ---------------------------------------------------------------- signals
 
@@ -606,12 +623,15 @@ def test_two_sweeps_of_one_file(lab, unbroken_seeds, capsys):
 def test_signals(lab, unbroken, name, capsys):
     "Stopped after a checkpoint, wherever it was; the same command ends it."
     draw, stretches, ends = random.Random(name), [], []
-    for i, stretch in enumerate(['startup', 'startup', 'claimed', 'claimed', 'data', 'training', 'training', 'evaluation', 'evaluation']):
+    for i, stretch in enumerate(['startup', 'claimed', 'data', 'training', 'training', 'evaluation']):
         run = f'r{i}'
         folder = lab.root/'toy'/run
         process = lab.run(run)
         # a signal while Python itself comes up finds no run yet
-        wait(lambda: process.poll() is not None or (alive(folder) if stretch == 'claimed' else read_run(folder) and (stretch == 'startup' or where(folder) in (stretch, 'finish'))), 60, stretch)
+        def begun():
+            if stretch == 'claimed': return alive(folder)
+            return read_run(folder) and (stretch == 'startup' or where(folder) in (stretch, 'finish'))
+        wait(lambda: process.poll() is not None or begun(), 60, stretch)
         time.sleep(draw.random()*dict(startup=2, claimed=0, data=0.1, training=0.3, evaluation=0.2)[stretch])
         stretches.append(where(folder))
         process.send_signal(getattr(signal, name))
@@ -637,44 +657,43 @@ def started_tasks(lab):
 def test_signals_to_a_sweep(lab, unbroken_seeds, name, capsys):
     "Nothing runs unnoticed, statuses are true, and the same command ends all three."
     draw, start, seen = random.Random(name), sweep(lab), []
-    for i in range(3):
+    for i in range(2):
         process = start()
         wait(lambda: process.poll() is not None or len(started_tasks(lab)) == 2, 60, 'two tasks')
-        time.sleep([0, 3, 6][i]*draw.random() + i)
+        time.sleep([1, 5][i]*draw.random() + i)
         process.send_signal(getattr(signal, name))
         if name != 'SIGKILL':
             assert finish(process) != 0, process.said.read_text()
             assert not started_tasks(lab) # it waited for them
         else: process.wait()
         seen.append(counted([truth(f) for f in planned(lab)]))
-        def noticed():
+        assert name == 'SIGKILL' or 'failed' not in seen[-1], seen # what was asked to stop has not failed
+        unnoticed = {}
+        def noticed(grace=15): # a task whose interpreter comes up has not been at its run yet
             worked_on = set(started_tasks(lab))
             statuses = {f: truth(f) for f in planned(lab)}
-            for f in worked_on & set(started_tasks(lab)): assert statuses[f] in ('running', 'queued', 'done'), f'{f} is worked on, and said to be {statuses[f]}'
+            for f in statuses:
+                if f not in worked_on or statuses[f] in ('running', 'queued', 'done'): unnoticed.pop(f, None)
+                else: assert time.monotonic() - unnoticed.setdefault(f, time.monotonic()) < grace, f'{f} is worked on, and said to be {statuses[f]}'
             return not lab.processes()
         if i == 0: wait(noticed, 60, 'orphans to end') # else at once
         for attempt in range(8):
             process = start()
             while process.poll() is None:
                 noticed()
-                time.sleep(0.1)
+                time.sleep(0.3)
             if process.returncode == 0: break
             time.sleep(1)
         assert process.returncode == 0, process.said.read_text()
         wait(lambda: not lab.processes(), 30, 'processes to go')
         check_sweep(lab, unbroken_seeds)
         shutil.rmtree(lab.root)
-    tally(f'{name} to a sweep, 3 times (then: {"; ".join(seen)}): 9 runs ended with identical metrics', capsys)
+    tally(f'{name} to a sweep, 2 times (then: {"; ".join(seen)}): 6 runs ended with identical metrics', capsys)
 
 # ---------------------------------------------------------------- clocks
 
 HOOK = '''
 import os, time
-def shifted(fn):
-    def now(*args):
-        try: return fn(*args) if args else fn(after())
-        except TypeError: return fn(*args) + after()
-    return now
 real, local, text = time.time, time.localtime, time.strftime
 def after():
     try: return float(open(os.environ['CLOCK']).read() or 0)
@@ -686,7 +705,8 @@ time.strftime = lambda form, t=None: text(form, time.localtime() if t is None el
 '''
 DAY = 86_400
 
-@pytest.mark.parametrize('days', [-1, pytest.param(1, marks=slow)])
+@slow
+@pytest.mark.parametrize('days', [-1, 1])
 def test_a_clock_that_jumps(lab, unbroken, days, capsys):
     "By a day, in the middle of a run that is killed later and taken up: statuses and durations do not care."
     folder, clock = lab.root/'toy'/'r', lab.folder/'clock'
@@ -716,7 +736,6 @@ def test_a_clock_that_jumps(lab, unbroken, days, capsys):
 def test_another_machines_clock(tmp_path, monkeypatch, days):
     "A process elsewhere is believed by its beat: taken over only where no further one comes, whatever its card's time."
     monkeypatch.setattr(claims, 'BEAT', 0.3)
-    monkeypatch.setattr(claims, '_slurm_says', lambda job: None)
     card = dict(host='elsewhere', boot='another', pid=1, started='2026-01-01T00:00:00+0000', beat=0, seconds=0., slurm_job=None)
     path, stop = tmp_path/'claim.json', threading.Event()
     def beat():

@@ -53,7 +53,8 @@ def _sweep(args) -> int:
     for p in runs: print(f'  {p.run}  {p.title}')
     print(cost['words'])
     if cluster and args.dry_run: print(submit(sweep, runs, cluster, args.at_a_time, args.root, dry_run=True))
-    if args.dry_run or not cost['seconds'] or not _agreed(len(cost['seconds']), args.yes): return DONE
+    if args.dry_run or not cost['seconds']: return DONE
+    if not _agreed(len(cost['seconds']), args.yes): return REFUSED
     if cluster:
         print(submit(sweep, runs, cluster, args.at_a_time, args.root))
         return DONE
@@ -101,14 +102,14 @@ def parser() -> argparse.ArgumentParser:
     root = a('--root', default='', metavar='FOLDER', help='of all runs (default: SLOTNB_RUNS, else runs/ of the project)')
     given = a('-p', nargs=2, action='append', metavar=('NAME', 'VALUE'), help='a parameter of the notebook; may be repeated')
     preset = a('--preset', default='', help='short for -p preset PRESET')
-    what = a('what', nargs='?', default='', help='an experiment, a sweep, a run or the beginning of its name (default: all)')
+    what = a('what', nargs='*', help='experiments, sweeps, runs or the beginnings of their names; model=sa: of those (default: all)')
     command('run', _run, 'execute one experiment, or take it up again', a('experiment', help="'decomposition', or the path of a notebook"), given, preset, root, a('--name', default='', help='of the run (default: from its parameters)'),
             a('--ranks', type=int, default=1, help='processes that share every batch, a GPU each'), a('--list', action='store_true', help='the parameters and what they mean'))
     command('sweep', _sweep, 'execute the runs of a sweep file, here or on a cluster', a('sweep', help='a file in nbs/experiments/sweeps, or a path'), given, preset, root, a('--seeds', help='so many, or a list like 0,1,7'),
             a('--cluster', default='', help='a profile in nbs/experiments/clusters, or a path: submit to Slurm'), a('--at-a-time', type=int, default=0, help='runs at the same time'),
             a('--dry-run', action='store_true', help='the plan, and the script of the cluster; nothing is started'), a('--yes', action='store_true', help='do not ask before more than 20 runs'))
     command('status', _status, 'what runs, what is done, what failed', what, root, a('--watch', action='store_true', help='again every few seconds until nothing runs'))
-    command('cancel', _cancel, 'stop runs after a checkpoint, take queued ones back', a('what', help="an experiment, a sweep, a run; 'all'"), root)
+    command('cancel', _cancel, 'stop runs after a checkpoint, take queued ones back', a('what', nargs='+', help="as for status; 'all'"), root)
     command('logs', _logs, 'what a run printed', what, root, a('-f', '--follow', action='store_true', help='go on as it grows'), a('--lines', type=int, default=0, help='the last so many'))
     command('tensorboard', _tensorboard, 'the curves, in a browser', what, root, a('--port', type=int, default=6006))
     command('ledger', _ledger, 'GPU-hours, CPU-hours, energy, CO2 and cost', what, root, a('--cluster', default='', help='whose prices (default: the profile of that name)'))
@@ -122,6 +123,7 @@ def main(
 ) -> int: # exit code: 0 done, 1 failed, 2 refused, 3 taken by another process, 75 stopped (may be taken up again)
     "The console script."
     args = parser().parse_args(argv)
+    if isinstance(getattr(args, 'what', None), list): args.what = ' '.join(args.what)
     try: return args.fn(args)
     except Taken as e: print(e, file=sys.stderr); return TAKEN
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as e: print(e, file=sys.stderr); return REFUSED

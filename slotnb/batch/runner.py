@@ -7,11 +7,12 @@ __all__ = ['KINDS', 'DONE', 'FAILED', 'REFUSED', 'TAKEN', 'STOPPED', 'find_exper
            'exit_code', 'resolve', 'rank_main', 'run']
 
 # %% ../../nbs/60_batch/15_runner.ipynb #66309787
-import ast, contextlib, os, re, signal, subprocess, sys, tempfile, threading, time, json
+import ast, contextlib, os, re, signal, subprocess, sys, tempfile, threading, time, traceback, json
 from pathlib import Path
 
 from .claim import Claim, Taken, alive, holder
-from .run import _FREE, close_lost, now, read_run, run_folder, writable
+from .run import _FREE, close_lost, code_home, commit, now, read_run, run_folder, writable
+from ..data.scenes import PRESETS as SCENES
 from ..core import atomic_path, one_of, project_root, require, resolve_device, runs_dir, write_json
 
 # %% ../../nbs/60_batch/15_runner.ipynb #95f050c9
@@ -99,6 +100,17 @@ class _Both:
             if f is not None:
                 with contextlib.suppress(OSError, ValueError): f.flush()
 
+def _own_kernel():
+    "A kernel of this very Python: a kernel spec named python3 may belong to another environment."
+    specs, manager = require('jupyter_client.kernelspec', 'notebooks'), require('jupyter_client.manager', 'notebooks')
+
+    class Specs(specs.KernelSpecManager):
+        def get_kernel_spec(self, name): return specs.KernelSpec(argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'], display_name=name, language='python')
+
+    class Manager(manager.AsyncKernelManager):
+        def __init__(self, **kw): super().__init__(kernel_spec_manager=Specs(), **kw)
+    return Manager
+
 def _plain(text: str) -> str: return re.sub(r'\x1b\[[0-9;]*m', '', text) # without a terminal's colours
 
 # %% ../../nbs/60_batch/15_runner.ipynb #a9c88667
@@ -116,15 +128,17 @@ def execute(
     papermill.iorw.papermill_io.register(handler.scheme, handler)
     try:
         papermill.execute_notebook(str(notebook), f'{handler.scheme}{out}', parameters, cwd=str(cwd), kernel_name='python3', language='python', progress_bar=False, stdout_file=both, stderr_file=both,
-                                   autosave_cell_every=30, extra_arguments=['--log-level=50']) # the kernel's own warnings are not about the experiment
+                                   autosave_cell_every=30, kernel_manager_class=_own_kernel(), extra_arguments=['--log-level=50']) # the kernel's own warnings are not about the experiment
     except papermill.PapermillExecutionError as e:
         error = dict(name=e.ename, message=_plain(str(e.evalue)), cell=e.cell_index, traceback=_plain('\n'.join(e.traceback)))
         if e.ename != 'Stopped': both.write('\n' + '\n'.join(e.traceback) + '\n')
         return error
     except nbclient.DeadKernelError:
         return dict(name='DeadKernel', message='the kernel died: killed, perhaps for lack of memory, or crashed', cell=None, traceback='')
+    except Exception as e: # the notebook did not come to run
+        return dict(name=type(e).__name__, message=f'the notebook could not be executed: {e}', cell=None, traceback=traceback.format_exc())
     finally: both.flush()
-    if handler.failed: return dict(name=type(handler.failed).__name__, message=str(handler.failed), cell=None, traceback='')
+    if handler.failed: return dict(name='Unsaved', message=str(handler.failed), cell=None, traceback='')
 
 # %% ../../nbs/60_batch/15_runner.ipynb #a17fd889
 DONE, FAILED, REFUSED, TAKEN, STOPPED = 0, 1, 2, 3, 75 # exit codes; 75 is "try again" to a scheduler
@@ -140,11 +154,14 @@ def resolve(
     kind: str='', # of the device it will run on, where the parameter `device` leaves it open; '': this machine's
 ) -> tuple[Path, dict, dict, Path]: # notebook, given parameters, all parameters, folder
     "What a run would be; nothing is made."
-    notebook = find_experiment(experiment)
+    notebook, tree = find_experiment(experiment), project_root()
+    if tree is not None and tree.resolve() != code_home(): raise ValueError(f'this is the checkout {tree}, but the package that Python imports lies in {code_home()}: pip install -e . here, or work there')
     kinds = notebook_parameters(notebook)
     given = typed({**(parameters or {}), **({'preset': preset} if preset else {})}, kinds)
     for taken, other in (('run', 'name'), ('runs_dir', 'root')):
         if taken in given: raise ValueError(f'parameter {taken} is set by the runner: give {other}')
+    for k, (declared, default, meaning) in kinds.items(): # a run may be executed from elsewhere
+        if declared is str and 'path' in meaning and given.get(k) and given[k] not in SCENES and Path(given[k]).exists(): given[k] = str(Path(given[k]).absolute())
     every = {k: v[1] for k, v in kinds.items()} | given
     device = str(every.get('device', 'auto')) # one that is named decides, also where it is not (a login node has no GPU)
     kind = one_of('device', device.split(':')[0], ['cpu', 'cuda', 'mps']) if device != 'auto' else kind or resolve_device('auto').type
@@ -153,7 +170,7 @@ def resolve(
 # %% ../../nbs/60_batch/15_runner.ipynb #a6e02839
 @contextlib.contextmanager
 def _forwarding(folder: Path, asked: list):
-    "SIGINT, SIGTERM and SIGUSR1 are handed to the process that writes the run, which stops after a checkpoint."
+    "SIGINT, SIGTERM, SIGUSR1 and SIGHUP are handed to the process that writes the run, which stops after a checkpoint."
     def forward(number, frame):
         asked.append(signal.Signals(number).name)
         card = holder(folder)
@@ -163,7 +180,8 @@ def _forwarding(folder: Path, asked: list):
         if asked.count('SIGINT') > 2 or not (card and alive(folder)): raise KeyboardInterrupt # out of patience, or nobody to hand it to
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'): before[name] = signal.signal(getattr(signal, name), forward)
+        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
+            if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN: before[name] = signal.signal(getattr(signal, name), forward) # nohup's wish is kept
     try: yield
     finally:
         for name, handler in before.items(): signal.signal(getattr(signal, name), handler)
@@ -198,18 +216,29 @@ def run(
     notebook, given, every, folder = resolve(experiment, parameters, preset, name, root)
     resolve_device(given.get('device', 'auto')) # what is not here is refused now
     before = read_run(folder)
-    if before.get('status') == 'done' and (folder/'metrics.json').is_file(): return before
+    if before.get('status') == 'done' and (folder/'metrics.json').is_file():
+        _say_done(before)
+        return before
+    source = str((notes or {}).get('notebook') or notebook)
+    if before.get('notebook', source) != source: raise ValueError(f'{folder} holds a run of another notebook, {before["notebook"]}: give this one another name')
     if alive(folder): Claim(folder).take().release() # says who; nothing, if it has gone meanwhile
     with writable(folder): claim = Claim(folder, 'runner').take()
     asked, cwd = [], project_root() or notebook.parent
     with claim:
         job = dict(notebook=str(notebook), folder=str(folder), parameters=given | dict(runs_dir=str(folder.parent.parent), run=folder.name), cwd=str(cwd))
-        if not before: write_json(folder/'run.json', dict(experiment=notebook.stem, run=folder.name, parameters=every, status='queued', queued=now(), **(notes or {})))
+        if not before: write_json(folder/'run.json', dict(experiment=notebook.stem, run=folder.name, parameters=every, status='queued', queued=now(), **{'notebook': source, **(notes or {})}))
         with _forwarding(folder, asked):
             try: error = _several(ranks, job, live) if ranks > 1 else _one(job, live)
             except KeyboardInterrupt: error = dict(name='Interrupted', message=f'{asked[-1] if asked else "SIGINT"} before the run had begun or for the third time', cell=None, traceback='')
         if error and error['name'] == 'Taken': raise Taken(error['message']) # by a process that was quicker than our kernel: it has the say
         return _how_it_ended(folder, error)
+
+def _say_done(info: dict):
+    "A result that is only found must not look like one that was just made."
+    head, dirty = commit()
+    code = f'commit {(info.get("commit") or "unknown")[:7]}{" with changes" if info.get("dirty") else ""}'
+    other = '' if (head, dirty) == (info.get('commit'), info.get('dirty')) and not dirty else f'; the code here is {(head or "unknown")[:7]}{" with changes" if dirty else ""}'
+    print(f'done already, {info.get("finished", "")} at {code}{other}. Not repeated: delete the folder, or give another --name', flush=True)
 
 def _one(job: dict, live: bool) -> dict | None:
     with open(Path(job['folder'])/'log.txt', 'a') as log:
@@ -232,7 +261,8 @@ def _how_it_ended(folder: Path, error: dict | None) -> dict:
         if not alive(folder): break
         time.sleep(0.1)
     info = read_run(folder)
-    if info['status'] == 'done': return info
+    if info['status'] == 'done' and (error is None or error['name'] == 'Unsaved'): return info # without its notebook it is done, too: results have files of their own
+    if info['status'] == 'done' and (folder/'metrics.json').is_file(): return {**info, 'status': 'failed', 'error': error} # a repetition: what was there stays
     if info['status'] == 'stopped' or (error and error['name'] == 'Interrupted'): error, info['status'] = None, 'stopped'
     elif error is None: error, info['status'] = dict(name='Unfinished', message='the notebook ended without run.finish(metrics)', cell=None, traceback=''), 'failed'
     else: info['status'] = 'failed'

@@ -10,9 +10,9 @@ __all__ = ['Cluster', 'cluster_files', 'read_cluster', 'array_script', 'slurm_th
 import dataclasses, json, os, re, shlex, shutil, subprocess, sys
 from pathlib import Path
 
-from .claim import alive
-from .run import now, read_run
-from .sweep import Planned, Sweep, queue, submission, write_plan
+from .claim import Claim
+from .run import now, read_run, writable
+from .sweep import Planned, Sweep, queue, submission, taken_care_of
 from ..core import Config, data_dir, one_of, project_root, require, runs_dir, write_json
 
 # %% ../../nbs/60_batch/30_slurm.ipynb #3e612aa9
@@ -172,7 +172,7 @@ def array_script(
     lines = [f'plan={q(str(folder/"plan.jsonl"))}', f'python={q(python)}', f'requeues={cluster.requeues}', '',
              'echo "slotnb: $(date "+%F %T"), task ${SLURM_ARRAY_TASK_ID} of job ${SLURM_ARRAY_JOB_ID:-none} on $(hostname), GPUs ${CUDA_VISIBLE_DEVICES:-none}, start $((${SLURM_RESTART_COUNT:-0} + 1))"',
              'set -e   # what goes wrong from here on ends the task, not in a strange error of Python', *made, *(f'export {k}={q(str(v))}' for k, v in exports.items() if str(v)),
-             f'export PYTHONPATH={q(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"', f'export OMP_NUM_THREADS=$((${{SLURM_CPUS_PER_TASK:-{cluster.cpus}}}{f" / {cluster.gpus}" if cluster.gpus > 1 else ""}))', 'export MKL_NUM_THREADS="$OMP_NUM_THREADS" OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1', f'cd {q(str(code))}']
+             f'export PYTHONPATH={q(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"', f'export OMP_NUM_THREADS={max(1, cluster.cpus//max(1, cluster.gpus))}', 'export MKL_NUM_THREADS="$OMP_NUM_THREADS" OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1', f'cd {q(str(code))}']
     return '\n'.join([*head, *_options(cluster, sweep, n, folder, at_a_time), '', _TRAPS, '', *lines, _TAIL, ''])
 
 # %% ../../nbs/60_batch/30_slurm.ipynb #805b319b
@@ -229,14 +229,10 @@ class Submission:
 
 def _open_runs(runs: list, root: Path) -> tuple[list, dict]: # to submit, {reason: left out}
     "The runs that need a task."
-    found = [read_run(p.folder(root)) for p in runs]
-    waiting, todo, out = states(i.get('slurm_job') for i in found if i.get('status') in ('queued', 'stopped', 'failed')), [], {}
-    for p, info in zip(runs, found):
-        if info.get('status') == 'done': out.setdefault('done', []).append(p)
-        elif info.get('status') == 'running' or alive(p.folder(root), 'runner'): out.setdefault('running', []).append(p)
-        elif info.get('slurm_job') in waiting: out.setdefault('in Slurm already', []).append(p)
-        elif info.get('status') == 'queued' and info.get('executor'): out.setdefault('queued by another executor', []).append(p)
-        else: todo.append(p)
+    todo, out = [], {}
+    for p in runs:
+        why = taken_care_of(p.folder(root))
+        (out.setdefault(why, []) if why else todo).append(p)
     return todo, out
 
 # %% ../../nbs/60_batch/30_slurm.ipynb #dbe04461
@@ -264,10 +260,13 @@ def submit(
     text = array_script(cluster, sweep.name, len(todo), root/'sweeps'/sweep.name/'submissions'/'WHEN', root, root/'code'/'HASH', at_a_time) # its errors, before anything is written
     if dry_run: return Submission('', None, text, todo, out)
     if not slurm_there(): _call('sbatch', '--version') # says so
-    folder, left, code = submission(sweep, runs, root) # knows the whole plan, of which the array gets a part
-    todo = [p for p in left if p.run in {q.run for q in todo}]
+    with writable(root/'sweeps'/sweep.name): only = Claim(root/'sweeps'/sweep.name, 'executor').take() # two of them would submit everything twice
+    with only: return _submit(sweep, runs, cluster, at_a_time, root, out)
+
+def _submit(sweep, runs, cluster, at_a_time, root, out) -> Submission:
+    folder, todo, code = submission(sweep, runs, root)
     try:
-        write_plan(folder/'plan.jsonl', todo)
+        if not todo: raise SlurmError(f'nothing is left to submit of {sweep.name}: somebody else has just taken the rest')
         text = array_script(cluster, sweep.name, len(todo), folder, root, code, at_a_time)
         (folder/'script.sh').write_text(text)
         job = _sbatch(folder/'script.sh', cluster)
@@ -287,6 +286,6 @@ def _let_go(job: str, folders: list[Path]):
     "Tell every run its task, then release the job."
     for i, folder in enumerate(folders):
         info = {k: v for k, v in read_run(folder).items() if k != 'folder'}
-        write_json(folder/'run.json', info | dict(slurm_job=f'{job}_{i}'))
+        if info['status'] == 'queued': write_json(folder/'run.json', info | dict(slurm_job=f'{job}_{i}')) # else somebody has begun it meanwhile, and the task will say so
     done = _call('scontrol', 'release', job)
     if done.returncode: raise SlurmError(f'job {job} was submitted, but could not be released, and was cancelled: {done.stderr.strip()}')

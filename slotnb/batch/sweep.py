@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['list_type', 'Sweep', 'sweep_file', 'read_sweep', 'Planned', 'plan', 'write_plan', 'read_plan', 'estimate', 'snapshot',
-           'submission', 'queue', 'task_environment', 'run_local', 'task']
+           'taken_care_of', 'submission', 'queue', 'task_environment', 'run_local', 'task']
 
 # %% ../../nbs/60_batch/20_sweep.ipynb #5e92b262
-import contextlib, hashlib, itertools, json, os, shutil, signal, statistics, subprocess, sys, tempfile, threading, time
+import contextlib, hashlib, itertools, json, os, re, shutil, signal, statistics, subprocess, sys, tempfile, threading, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 import slotnb
-from .claim import Claim
+from .claim import Claim, Taken, alive, slurm_cluster, slurm_state
 from .run import _FREE, all_runs, commit, now, read_run, writable
 from .runner import STOPPED, TAKEN, notebook_parameters, resolve, run
 from ..core import Config, atomic_path, data_dir, one_of, project_root, require, resolve_device, runs_dir, write_json
@@ -73,13 +73,14 @@ def read_sweep(
     try: values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as e: raise ValueError(f'{path} is not YAML: {e}') from None
     if not isinstance(values, dict): raise ValueError(f'{path} must hold "field: value" lines, got {type(values).__name__}')
-    fixed = dict(parameters or {})
+    fixed, changed = dict(parameters or {}), [v for v in [preset if preset != values.get('preset') else '', *(f'{k}={v}' for k, v in (parameters or {}).items() if k not in _FREE)] if v]
     if preset: values['preset'] = preset
     if seeds is not None: values['seeds'] = seeds
     values['grid'] = {k: v for k, v in (values.get('grid') or {}).items() if k not in fixed}
     values['list'] = [{k: v for k, v in row.items() if k not in fixed} if isinstance(row, dict) else row for row in values.get('list') or []]
     if fixed: values['parameters'] = {**(values.get('parameters') or {}), **fixed}
-    try: return Sweep.from_dict(dict(name=path.stem) | {k: v for k, v in values.items() if v is not None})
+    name = re.sub(r'[^\w.-]', '_', '-'.join([path.stem, *changed])) # what was changed is another sweep: its plan and its report are its own
+    try: return Sweep.from_dict(dict(name=name) | {k: v for k, v in values.items() if v is not None})
     except (ValueError, TypeError) as e: raise ValueError(f'{path}: {e}') from None
 
 # %% ../../nbs/60_batch/20_sweep.ipynb #ae27fa3a
@@ -159,17 +160,17 @@ def snapshot(
 ) -> tuple[Path, str]: # the folder, and where the notebook lies in it
     "Copy the code that shall run; the same code is there once."
     notebook, home = Path(notebook), Path(root or runs_dir()).expanduser().absolute()/'code'
-    files = _code_files(notebook)
-    digest, (head, dirty) = hashlib.sha256(), commit()
-    for name, path in files.items(): digest.update(f'{name}\0'.encode() + path.read_bytes() + b'\0')
+    files, digest, (head, dirty) = _code_files(notebook), hashlib.sha256(), commit()
+    code = {name: path.read_bytes() for name, path in files.items()} # read once: what is hashed is what is kept
+    for name, text in code.items(): digest.update(f'{name}\0{len(text)}\0'.encode() + text)
     folder, inside = home/digest.hexdigest()[:12], next(n for n, p in files.items() if p == notebook)
     if folder.is_dir(): return folder, inside
     home.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=home, prefix='.part-'))
     try:
-        for name, path in files.items():
+        for name, text in code.items():
             (part/name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, part/name)
+            (part/name).write_bytes(text)
         write_json(part/'snapshot.json', dict(hash=folder.name, commit=head, dirty=dirty, taken=now()))
         os.chmod(part, 0o755)
         try: os.rename(part, folder)
@@ -179,12 +180,22 @@ def snapshot(
     return folder, inside
 
 # %% ../../nbs/60_batch/20_sweep.ipynb #a17913ce
+def taken_care_of(folder: Path) -> str: # why; '': it is not
+    "Whether a run needs nobody: it is done, somebody is at it, or has it in a queue."
+    info = read_run(folder)
+    if info.get('status') in ('done', 'running'): return info['status']
+    if alive(folder, 'runner'): return 'running'
+    if info.get('status') == 'queued' and info.get('executor'): return 'queued by another executor' # else it would not be called queued
+    job = info.get('slurm_job')
+    state = slurm_state(job, info.get('slurm_cluster'), info.get('slurm_user'))
+    return 'in Slurm already' if job and (state or (state is None and info.get('status') == 'queued')) else ''
+
 def submission(sweep: Sweep, runs: list[Planned], root: str | Path='') -> tuple[Path, list[Planned], Path]: # its folder, what is left to run, the code
     "Write down a sweep that is about to be executed: the snapshot, the plan as a whole and the part that is not done and not running."
     root = Path(root or runs_dir()).expanduser().absolute()
     code, inside = snapshot(runs[0].notebook, root)
     home = root/'sweeps'/sweep.name
-    left = [Planned(**{**asdict(p), 'notebook': str(code/inside)}) for p in runs if read_run(p.folder(root)).get('status') not in ('done', 'running')]
+    left = [Planned(**{**asdict(p), 'notebook': str(code/inside)}) for p in runs if not taken_care_of(p.folder(root))]
     stamp = time.strftime('%Y%m%d-%H%M%S')
     for i in itertools.count():
         folder = home/'submissions'/(stamp + (f'-{i}' if i else ''))
@@ -198,22 +209,25 @@ def submission(sweep: Sweep, runs: list[Planned], root: str | Path='') -> tuple[
 
 def queue(sweep: Sweep, left: list[Planned], folder: Path, code: Path, root: str | Path='', executor: str='local'):
     "Mark runs as queued."
+    place = {'executor': str(folder)} if executor == 'local' else dict(slurm_cluster=slurm_cluster(), slurm_user=os.getuid())
     for p in left:
         home = p.folder(root)
-        home.mkdir(parents=True, exist_ok=True)
-        before = {k: v for k, v in read_run(home).items() if k not in ('folder', 'error', 'note', 'stopped', 'executor', 'slurm_job')}
-        link = home/'code'
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(code, home), target_is_directory=True)
-        every = resolve(p.notebook, p.parameters, '', p.run, root, 'cpu')[2]
-        write_json(home/'run.json', {**before, **dict(experiment=p.experiment, run=p.run, parameters=every, status='queued', queued=now(), sweep=sweep.name, code=code.name, submission=str(folder),
-                                                      **({'executor': str(folder)} if executor == 'local' else {}))})
+        with contextlib.suppress(Taken), writable(home), Claim(home, 'runner'): # nobody may begin it between the look and the mark
+            if read_run(home).get('status') in ('done', 'running'): continue
+            before = {k: v for k, v in read_run(home).items() if k not in ('folder', 'error', 'note', 'stopped', 'executor', 'slurm_job', 'slurm_cluster', 'slurm_user')}
+            link = home/'code'
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(code.resolve(), home.resolve()), target_is_directory=True)
+            every = resolve(p.notebook, p.parameters, '', p.run, root, 'cpu')[2]
+            write_json(home/'run.json', {**before, **dict(experiment=p.experiment, run=p.run, parameters=every, status='queued', queued=now(), sweep=sweep.name, code=code.name, submission=str(folder), **place)})
 
 def task_environment(code: Path, root: str | Path, threads: int, gpu: int | None=None) -> dict:
     "The environment of one run: the snapshot's package first, data and results where they are now, as many threads as it may have."
     more = dict(PYTHONPATH=os.pathsep.join([str(code), *filter(None, [os.environ.get('PYTHONPATH')])]), SLOTNB_RUNS=str(Path(root or runs_dir()).expanduser().absolute()), SLOTNB_DATA=str(data_dir()),
                 OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), OMP_WAIT_POLICY='PASSIVE', PYTHONUNBUFFERED='1')
-    return {**os.environ, **more, **({} if gpu is None else {'CUDA_VISIBLE_DEVICES': str(gpu)})}
+    if gpu is None: return {**os.environ, **more}
+    given = [g for g in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if g.strip()] # those this process may use, by their own numbers
+    return {**os.environ, **more, 'CUDA_VISIBLE_DEVICES': given[gpu] if given else str(gpu)}
 
 # %% ../../nbs/60_batch/20_sweep.ipynb #bda6b73f
 def run_local(
@@ -256,6 +270,10 @@ class _Pool:
         self.busy[process] = (place, p, time.monotonic())
         self.say(f'started: {p.title}')
 
+    def note(self, p: Planned, info: dict):
+        try: write_json(p.folder(self.root)/'run.json', info)
+        except OSError as e: self.say(f'{p.title}: {e.strerror or e}') # a full disk must not end the others
+
     def reap(self):
         for process in [x for x in self.busy if x.poll() is not None]:
             place, p, begun = self.busy.pop(process)
@@ -264,12 +282,12 @@ class _Pool:
             if process.returncode == TAKEN: self.say(f'{self.ended}/{self.total} left to whoever is at it: {p.title}'); continue
             if self.asked and process.returncode < 0 and info.get('status') in ('queued', 'stopped'): # told to stop before Python could listen
                 info = {k: v for k, v in info.items() if k not in ('folder', 'executor')} | dict(status='stopped', stopped='before it began')
-                write_json(p.folder(self.root)/'run.json', info)
+                self.note(p, info)
             elif process.returncode and info.get('status') in ('queued', 'running', 'stopped') and process.returncode != STOPPED: # it never came as far as the run's folder
                 tail = (self.folder/'log'/f'{[q.run for q in read_plan(self.folder/"plan.jsonl")].index(p.run)}.out').read_text().strip().splitlines()[-1:]
                 error = dict(name='Task', message=f'ended with {process.returncode}: {" ".join(tail)}', cell=None, traceback='')
                 info = {k: v for k, v in info.items() if k not in ('folder', 'executor')} | dict(status='failed', error=error, finished=now())
-                write_json(p.folder(self.root)/'run.json', info)
+                self.note(p, info)
             self.say(f'{self.ended}/{self.total} {info["status"]}: {p.title}, {time.monotonic() - begun:.0f} s' + (f'; {error["name"]}: {error["message"].splitlines()[0] if error["message"] else ""}' if error else ''))
 
     def stop(self, number, frame):
@@ -279,7 +297,7 @@ class _Pool:
 
     def work(self):
         before = {}
-        if threading.current_thread() is threading.main_thread(): before = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread(): before = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN}
         try:
             while self.busy or (self.waiting and not self.asked):
                 while self.waiting and self.free and not self.asked: self.start(*self.waiting.pop(0))
@@ -289,7 +307,7 @@ class _Pool:
             for n, handler in before.items(): signal.signal(n, handler)
             for _, p in self.waiting: # not begun
                 info = read_run(p.folder(self.root))
-                if info.get('status') == 'queued': write_json(p.folder(self.root)/'run.json', {k: v for k, v in info.items() if k not in ('folder', 'executor')} | dict(status='stopped', stopped='before it began'))
+                if info.get('status') in ('queued', 'stopped'): self.note(p, {k: v for k, v in info.items() if k not in ('folder', 'executor')} | dict(status='stopped', stopped='before it began'))
 
 # %% ../../nbs/60_batch/20_sweep.ipynb #7a38ae98
 def task(

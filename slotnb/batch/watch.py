@@ -14,7 +14,7 @@ from .claim import Claim, Taken, alive, holder
 from .run import STATUSES, all_runs, now, read_run
 from .slurm import Cluster, SlurmError, cancel_jobs, cluster_files, read_cluster, slurm_there, states
 from .sweep import read_plan
-from ..core import require, runs_dir, write_json
+from ..core import one_of, require, runs_dir, write_json
 
 # %% ../../nbs/60_batch/40_watch.ipynb #88ba2b75
 def _bare(experiment: str) -> str: return re.sub(r'^\d+_', '', experiment)
@@ -34,13 +34,19 @@ def _known(root: Path) -> tuple[list[dict], dict]: # runs, sweep -> {(experiment
 
 # %% ../../nbs/60_batch/40_watch.ipynb #be438b64
 def select(
-    what: str='', # '': all; a sweep, an experiment (with or without its number), a run or the beginning of its name, or 'experiment/run'
+    what: str='', # '': all; words: a sweep, an experiment (with or without its number), a run or the beginning of its name, 'experiment/run'; and 'model=sa', of those
     root: str | Path='', # folder of all runs; '': `runs_dir()`
 ) -> list[dict]: # as from `read_run`, with `sweeps`; those of a sweep in its order, others oldest first
-    "The runs that a word means; `ValueError` with the nearest spelling where it means none."
+    "The runs that words mean; `ValueError` with the nearest spelling where one means none."
     root = Path(root or runs_dir()).expanduser()
     runs, plans = _known(root)
-    if not what: return runs
+    names, wanted = [w for w in what.split() if '=' not in w], [w.split('=', 1) for w in what.split() if '=' in w]
+    found = {str(i['folder']): i for name in names for i in _meant(name, runs, plans, root)} if names else {str(i['folder']): i for i in runs}
+    for name, _ in wanted: one_of('parameter', name, sorted({k for i in found.values() for k in i['parameters']}))
+    return [i for i in found.values() if all(str(i['parameters'].get(k)) == v for k, v in wanted)]
+
+def _meant(what: str, runs: list, plans: dict, root: Path) -> list[dict]:
+    "The runs that one word means."
     place, _, name = what.strip('/').rpartition('/')
     if not place:
         if found := [i for i in runs if i['experiment'] == name]: return found
@@ -293,12 +299,13 @@ def cancel(
     runs = select('' if what == 'all' else what, root)
     said, remark = _asked_slurm(runs)
     runs = [i for i in (_look(i, said) for i in runs) if i['status'] in ('queued', 'running')]
-    ours = [i for i in runs if said and i.get('slurm_job') in said]
+    ours = [i for i in runs if said and i.get('slurm_job') in said and i.get('slurm_user', os.getuid()) == os.getuid()]
     lines = _end_jobs(ours, said) if ours else []
     for i in runs:
         job = i.get('slurm_job')
         if i in ours: continue
-        if job and remark: lines.append(f'{_title(i)}: left alone, it belongs to Slurm job {job}')
+        if job and i.get('slurm_user', os.getuid()) != os.getuid(): lines.append(f'{_title(i)}: left alone, Slurm job {job} belongs to another user')
+        elif job and remark: lines.append(f'{_title(i)}: left alone, it belongs to Slurm job {job}')
         elif job and said is None and i['status'] == 'queued': lines.append(f'{_title(i)}: left alone, it waits as Slurm job {job}, and there is no Slurm here: cancel it where it was submitted')
         elif i['status'] == 'queued' and _take_back(i['folder'], 'cancelled'): lines.append(f'{_title(i)}: stopped before it began' + (f' (Slurm knows no job {job} any more)' if job else ''))
         else: lines.append(f'{_title(i)}: {_tell(i)}')
