@@ -96,8 +96,10 @@ def shown(v) -> str:
 
 def code_of(e: Entry) -> str:
     "The code a run ran: commit, whether it was changed, and its snapshot; '': unknown."
-    commit = f'{e.info["commit"][:7]}{" + changes" if e.info.get("dirty") else ""}' if e.info.get('commit') else ''
-    return ', '.join(filter(None, (commit, f'snapshot {e.info["code"][:8]}' if e.info.get('code') else '')))
+    def one(i):
+        commit = f'{i["commit"][:7]}{" + changes" if i.get("dirty") else ""}' if i.get('commit') else ''
+        return ', '.join(filter(None, (commit, f'snapshot {i["code"][:8]}' if i.get('code') else '')))
+    return ', then '.join(dict.fromkeys(filter(None, map(one, [s for s in e.info.get('sessions', []) if s.get('commit')] or [e.info])))) # one that was taken up under other code says so
 
 def device_of(e: Entry) -> str:
     "Kind and name of a run's device; '': it never began."

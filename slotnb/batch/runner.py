@@ -233,6 +233,7 @@ def run(
         if error and error['name'] == 'Taken': raise Taken(error['message']) # by a process that was quicker than our kernel: it has the say
         return _how_it_ended(folder, error)
 
+# %% ../../nbs/60_batch/15_runner.ipynb #caec9ca8
 def _say_done(info: dict):
     "A result that is only found must not look like one that was just made."
     head, dirty = commit()
@@ -255,6 +256,7 @@ def _several(ranks: int, job: dict, live: bool) -> dict | None:
     first = json.loads(errors[0].read_text())
     return first | dict(message=f'rank {errors[0].stem}: {first["message"]}')
 
+# %% ../../nbs/60_batch/15_runner.ipynb #ff895e0c
 def _how_it_ended(folder: Path, error: dict | None) -> dict:
     "The last word in run.json, where the notebook could not speak it."
     for _ in range(50): # a kernel that was told to go may still be writing
