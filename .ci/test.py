@@ -1,5 +1,5 @@
 """`make test` (no argument) and `make test-slow` (`slow`): every stage runs, each says how long it took, one failure fails the whole."""
-import difflib, hashlib, os, re, shutil, subprocess, sys, tempfile, time, tomllib, zipfile
+import difflib, hashlib, os, re, shutil, signal, subprocess, sys, tempfile, time, tomllib, zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,8 +76,15 @@ def pytest(temporary):
     call(sys.executable, '-m', 'pytest', '-q', '-m', 'not slow', '-rs', '--durations=5', '--ignore', 'tests/test_slurm.py', **FAST)
 
 def slurm(temporary):
-    "All of it, on a cluster of one node that is brought up for the purpose, where Slurm is installed."
-    call(sys.executable, '-m', 'pytest', '-q', '-rs', '--durations=5', 'tests/test_slurm.py', **FAST)
+    "All of it, on a cluster of one node that is brought up for the purpose, where Slurm is installed; four minutes at most."
+    process = subprocess.Popen([sys.executable, '-m', 'pytest', '-q', '-rs', '--durations=5', 'tests/test_slurm.py'], cwd=ROOT, env={**os.environ, **FAST})
+    try: process.wait(240)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT) # pytest then stops the cluster it has started
+        try: process.wait(30)
+        finally: process.kill()
+        raise Failed('the tests on Slurm took more than four minutes') from None
+    if process.returncode: raise Failed(f'pytest ended with {process.returncode}')
 
 def built(temporary):
     "The wheel, made from the source distribution, complete and free of anything else."

@@ -110,6 +110,7 @@ def draw(
     series: dict, # name -> (steps (N,), values (runs, N)); the k-th has the k-th colour, an empty one has none of it
     label: str, # what is drawn
     prefix: str='c', # of the ids inside, unique in the page
+    log: bool=False, # a logarithmic axis, where all values are positive: for losses
 ) -> str: # SVG
     "Means with bands, in the page's ink."
     matplotlib, plt = require('matplotlib', 'plots'), require('matplotlib.pyplot', 'plots')
@@ -123,10 +124,12 @@ def draw(
         ax.grid(axis='y', color=_LINE)
         low, high = (f([f(y) for _, y in there.values()]) for f in (np.min, np.max))
         ticker = require('matplotlib.ticker', 'plots')
-        if low > 0 and high > 30*low:
+        if log and low > 0 and high > 3*low:
             ax.set_yscale('log')
             ax.yaxis.set_major_formatter(ticker.StrMethodFormatter('{x:g}')) # not 10 with an exponent, which would be set as mathematics
-            ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+            few = high < 30*low # then the powers of ten alone say too little
+            if few: ax.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+            ax.yaxis.set_minor_formatter(ticker.StrMethodFormatter('{x:g}') if few else ticker.NullFormatter())
         if max(x[-1] for x, _ in there.values()) >= 1e4: ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
         ends = '; '.join(f'{name} ends at {y[:, -1].mean():.3g} (n = {len(y)})' for name, (x, y) in there.items())
         return _inline(fig, prefix, f'{label} over training steps: {ends}')

@@ -188,7 +188,7 @@ def draw_curve(
     series = {row.title: align([h for e in row.done if (h := read_curve(e, key))]) for row in rows}
     series = {k: v if len(v[0]) > 1 else ((), ()) for k, v in series.items()}
     absent = [k for k, v in series.items() if not len(v[0])]
-    return dict(key=key, label=label, absent=absent, svg='' if len(absent) == len(series) else draw(series, label, prefix))
+    return dict(key=key, label=label, absent=absent, svg='' if len(absent) == len(series) else draw(series, label, prefix, log=bool(re.search('loss|recon|kld|mse|grad_norm|^lr$', key))))
 
 # %% ../../nbs/60_batch/50_report.ipynb #781822d7
 def gallery(
