@@ -16,7 +16,7 @@ import torch
 import slotnb
 from .claim import Claim, Taken, alive, slurm_cluster, slurm_state
 from .run import _FREE, all_runs, commit, now, read_run, writable
-from .runner import STOPPED, TAKEN, notebook_parameters, resolve, run
+from .runner import STOPPED, TAKEN, notebook_parameters, resolve, run, where_from
 from ..core import Config, atomic_path, data_dir, one_of, project_root, require, resolve_device, runs_dir, write_json
 
 # %% ../../nbs/60_batch/20_sweep.ipynb #e5f9b25c
@@ -151,7 +151,7 @@ def _code_files(notebook: Path) -> dict[str, Path]: # name in the snapshot -> fi
     if root:
         found |= {p.relative_to(root).as_posix(): p for p in (root/'nbs'/'experiments').rglob('*') if p.suffix in ('.ipynb', '.yaml') and '.ipynb_checkpoints' not in p.parts}
         found['settings.ini'] = root/'settings.ini'
-    if notebook not in found.values(): found[f'notebooks/{notebook.name}'] = notebook
+    if notebook not in found.values(): found[where_from(notebook)] = notebook
     return dict(sorted(found.items()))
 
 def snapshot(
@@ -219,7 +219,7 @@ def queue(sweep: Sweep, left: list[Planned], folder: Path, code: Path, root: str
             link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(code.resolve(), home.resolve()), target_is_directory=True)
             every = resolve(p.notebook, p.parameters, '', p.run, root, 'cpu')[2]
-            write_json(home/'run.json', {**before, **dict(experiment=p.experiment, run=p.run, parameters=every, status='queued', queued=now(), sweep=sweep.name, code=code.name, submission=str(folder), **place)})
+            write_json(home/'run.json', {**before, **dict(experiment=p.experiment, run=p.run, parameters=every, status='queued', queued=now(), notebook=where_from(Path(p.notebook)), sweep=sweep.name, code=code.name, submission=str(folder), **place)})
 
 def task_environment(code: Path, root: str | Path, threads: int, gpu: int | None=None) -> dict:
     "The environment of one run: the snapshot's package first, data and results where they are now, as many threads as it may have."
