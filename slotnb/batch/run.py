@@ -7,7 +7,7 @@ __all__ = ['STATUSES', 'code_home', 'commit', 'environment', 'check_parameters',
            'peak_memory', 'Run', 'run_name', 'run_folder', 'writable', 'close_lost', 'start_run']
 
 # %% ../../nbs/60_batch/10_run.ipynb #1c88ee38
-import ast, atexit, contextlib, dataclasses, json, os, platform, re, signal, socket, subprocess, sys, tempfile, threading, time, traceback
+import ast, atexit, contextlib, dataclasses, json, os, platform, re, signal, socket, subprocess, sys, tempfile, threading, time, traceback, warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -180,6 +180,7 @@ class Run:
     def stop(self, why: str):
         "End the run as `stopped`, and the notebook with it."
         self._end('stopped', stopped=why)
+        warnings.filterwarnings('ignore', message='To exit: use') # IPython's advice to people who type
         raise Stopped(f'stopped ({why}): the same parameters take it up again')
 
     def require_done(self, result): # of `fit`, handed through
