@@ -30,3 +30,10 @@ def test_readme_quotes_them():
     clip = lambda source: [m[f'fg_ari.{source}.clip'] for m, _ in runs.values()]
     assert f"median FG-ARI {statistics.median(clip('decoder')):.2f}" in re.sub(r'\s+', ' ', text)
     for baseline in ('grid', 'colour'): assert f"{baseline} {statistics.median(clip(baseline)):.2f}" in text
+
+
+def test_the_study_sweep_is_whole_and_alike():
+    "The runs behind the pictures of the tutorial on clusters: every kind of slots with seeds 0 to 4, none dropped, one commit."
+    runs = [json.loads(p.read_text()) for p in sorted(RUNS.glob('study-*/run.json'))]
+    assert sorted((r['parameters']['model'], r['parameters']['seed']) for r in runs) == [(m, s) for m in ('isa_t', 'isa_ts', 'isa_tsr', 'sa') for s in range(5)]
+    assert {(r['status'], r['dirty'], r['parameters']['preset']) for r in runs} == {('done', False, 'study')} and len({r['commit'] for r in runs}) == 1
