@@ -144,7 +144,8 @@ class Lab:
         path = self.folder/f'said-{self.said}.txt'
         with open(path, 'w') as f:
             process = subprocess.Popen([sys.executable, '-m', *map(str, command)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT,
-                                       env=self.environment(**environment), start_new_session=True)
+                                       env=self.environment(**environment), start_new_session=True,
+                                       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # started from a background shell, these tests would hand on that it is ignored
         process.said = path
         return process
 

@@ -132,4 +132,4 @@ def main(
     except BrokenPipeError: return DONE
 
 # %% ../../nbs/60_batch/60_cli.ipynb #e9946713
-if __name__ == '__main__' and 'ipykernel' not in sys.modules: sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # not in a notebook
