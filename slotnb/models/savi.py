@@ -51,14 +51,16 @@ class Predictor(nn.Module):
         elif c.predictor == 'transformer':
             layer = nn.TransformerEncoderLayer(c.dim, c.heads, c.ffn, c.dropout, batch_first=True, norm_first=c.norm == 'pre')
             self.transformer = nn.TransformerEncoder(layer, c.predictor_layers, enable_nested_tensor=False)
-        self.kind = c.predictor
+        self.kind, self.pre = c.predictor, c.norm == 'pre'
         if c.lstm: self.lstm, self.out = nn.LSTMCell(c.dim, c.lstm), nn.Linear(c.lstm, c.dim)
 
     def forward(self,
         x: Tensor, # content (B, K, D)
         hidden: tuple | None, # the LSTM's (h, c), each (B*K, lstm), or `None` on the first call
     ) -> tuple[Tensor, tuple | None]: # the same shapes
-        if self.kind == 'mlp': x = x + self.mlp(self.norm(x))
+        if self.kind == 'mlp':
+            normed = self.norm(x)
+            x = (normed if self.pre else x) + self.mlp(normed) # SlotFormer's norm comes before the branch: each frame begins from normalised slots
         elif self.kind == 'transformer': x = self.transformer(x)
         if hasattr(self, 'lstm'):
             hidden = self.lstm(rearrange(x, 'b k d -> (b k) d'), hidden)
