@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
 NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 MODULES = sorted(p for p in (ROOT/'slotnb').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
-OPTIONAL = ['av', 'mujoco', 'PIL', 'scipy', 'sklearn', 'skimage', 'lpips', 'matplotlib', 'seaborn', 'pandas', 'torchvision', 'papermill',
+OPTIONAL = ['av', 'h5py', 'mujoco', 'PIL', 'scipy', 'sklearn', 'skimage', 'lpips', 'matplotlib', 'seaborn', 'pandas', 'torchvision', 'papermill',
     'tensorboard', 'torch.utils.tensorboard', 'jinja2', 'yaml', 'psutil', 'nbclient', 'IPython', 'nbdev', 'fastcore', 'nbformat']
 OURS = [*NOTEBOOKS, *MODULES, ROOT/'slotnb/__init__.py', ROOT/'Makefile', *sorted((ROOT/'tests').glob('*.py')), *sorted((ROOT/'.ci').glob('*'))]
 OURS = [p for p in OURS if p.is_file() and p != Path(__file__).resolve()]
