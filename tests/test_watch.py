@@ -9,7 +9,9 @@ from slotnb.batch.claim import Claim, holder
 from slotnb.batch.run import read_run
 from slotnb.batch.slurm import Cluster
 from slotnb.batch.sweep import Planned, write_plan
-from slotnb.batch.watch import cancel, ledger, logs, select, status_table, tensorboard, watch_status
+from slotnb.batch import ledger as ledgers
+from slotnb.batch.ledger import ledger
+from slotnb.batch.watch import cancel, logs, select, status_table, tensorboard, watch_status
 from slotnb.core import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +21,7 @@ AT = '2026-03-02T09:00:00+0100'
 def no_slurm(monkeypatch, tmp_path):
     "Whatever this machine has, these tests see none unless they put one there; and profiles of their own."
     monkeypatch.setattr(watch, 'slurm_there', lambda: False)
-    monkeypatch.setattr(watch, 'cluster_files', dict)
+    monkeypatch.setattr(ledgers, 'cluster_files', dict)
     monkeypatch.delenv('SLURM_JOB_ID', raising=False)
 
 def make(root, run, status, experiment='10_decomposition', metrics=None, progress=None, log=None, **more):
@@ -329,8 +331,8 @@ IZAR = Cluster(name='izar', account='master', price_gpu_hour=0.2, price_cpu_hour
 @pytest.fixture
 def profiles(monkeypatch):
     known = dict(izar=IZAR, here=Cluster(name='here', watts_cpu=10., co2_kwh=0.5), gold=Cluster(name='gold', currency='EUR', price_gpu_hour=1.))
-    monkeypatch.setattr(watch, 'cluster_files', lambda: known)
-    monkeypatch.setattr(watch, 'read_cluster', known.__getitem__)
+    monkeypatch.setattr(ledgers, 'cluster_files', lambda: known)
+    monkeypatch.setattr(ledgers, 'read_cluster', known.__getitem__)
 
 def test_the_ledger_adds_up(tmp_path, profiles):
     gpu = dict(cluster='izar', device='cuda:0', gpus=2, cpus=16)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import slotnb
 from .claim import Taken
+from .ledger import ledger
 from .report import report
 from .runner import DONE, FAILED, REFUSED, TAKEN, exit_code, find_experiment, notebook_parameters, rank_main, run
 from .slurm import read_cluster, submit
 from .sweep import estimate, plan, read_sweep, run_local, task
-from .watch import cancel, ledger, logs, status_table, tensorboard, watch_status
+from .watch import cancel, logs, status_table, tensorboard, watch_status
 
 # %% ../../nbs/60_batch/60_cli.ipynb #4fcd4ed2
 def _parameters(args) -> dict: return dict(args.p or [])
