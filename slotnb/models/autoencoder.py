@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..core import Config, generator as seeded_generator, one_of, resolve_device
-from ..layers.convnets import BroadcastDecoder, FrameEncoder, glorot_
+from ..layers.convnets import BroadcastDecoder, FrameEncoder, glorot_, lecun_
 from ..layers.positions import grid
 from ..layers.slot_attention import SlotAttention, SlotInit, SlotState
 from ..layers.weights import Pretrained
@@ -87,7 +87,7 @@ class AutoEncoderConfig(Config):
     up_position: str = '' # '': 'relative' for invariant slots, else as the encoder's
     shuffle: int = 1
     phases: bool = False
-    # how weights begin: 'torch' (SlotFormer), 'glorot' (Slot Attention in Keras)
+    # how weights begin: 'torch' (SlotFormer), 'glorot' (Slot Attention in Keras; maps of a slot's own grid as in flax, where ISA comes from)
     weights: str = 'torch'
 
     def __post_init__(self):
@@ -113,7 +113,10 @@ class AutoEncoder(Pretrained, nn.Module):
         where = c.up_position or ('relative' if c.invariance else c.position)
         self.decoder = BroadcastDecoder(c.dim, c.size, c.start, c.up_channels, c.up_strides, c.up_kernels, c.out_kernel, where,
                                         self.corrector.delta, c.shuffle, c.phases)
-        if c.weights == 'glorot': glorot_(self)
+        if c.weights == 'glorot':
+            glorot_(self)
+            if c.invariance: lecun_(self.corrector.relative.grid_proj)
+            if where == 'relative': lecun_(self.decoder.position)
 
     @property
     def device(self) -> torch.device: return next(self.parameters()).device

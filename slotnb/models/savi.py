@@ -155,6 +155,7 @@ PRESETS = {
     'obj3d': SAViConfig(**_common, slots=6, kernel_head='mlp', lstm=256),
     'clevrer': SAViConfig(**_common, slots=7, kernel_head='linear', stochastic=True, predictor='mlp', ffn=256),
 }
+_ISA_STRIDES = {'laptop': (2, 2, 1), 'obj3d': (2, 2, 1, 1), 'clevrer': (2, 2, 1, 1)} # to 8x8 tokens, and 16x16
 GROUPINGS = {'sa': '', 'isa_t': 't', 'isa_ts': 'ts', 'isa_tsr': 'tsr'}  # the name of a model -> its invariance
 
 def preset(
@@ -165,5 +166,4 @@ def preset(
     config = PRESETS[one_of('preset', name, PRESETS)]
     invariance = GROUPINGS[one_of('model', model, GROUPINGS)]
     if not invariance: return config
-    strides = (2, 2, 1) if name == 'laptop' else config.strides
-    return config.but(invariance=invariance, position='', token_mlp=(), strides=strides)
+    return config.but(invariance=invariance, position='', token_mlp=(), strides=_ISA_STRIDES.get(name, config.strides))
