@@ -166,4 +166,5 @@ def preset(
     config = PRESETS[one_of('preset', name, PRESETS)]
     invariance = GROUPINGS[one_of('model', model, GROUPINGS)]
     if not invariance: return config
-    return config.but(invariance=invariance, position='', token_mlp=(), strides=_ISA_STRIDES.get(name, config.strides))
+    delta = 1. if name in ('smoke', 'laptop') else 0.
+    return config.but(invariance=invariance, position='', token_mlp=(), strides=_ISA_STRIDES.get(name, config.strides), delta=delta)
