@@ -11,7 +11,8 @@ from slotnb.core import real_data_dir
 from slotnb.data import shards
 from slotnb.data.clips import Clip, ClipList, Loader, Mapped, Windows
 from slotnb.data.files import at_rate, read_npz, video_frames
-from slotnb.data.folder import BrokenFile, Folder, FolderConfig, open_data, read_video
+from slotnb.data.folder import BrokenFile, Folder, FolderConfig, read_video
+from slotnb.data.open import open_data
 from slotnb.data.shards import ShardedClips, check_shards, repair_shards, write_shards
 
 av = pytest.importorskip('av')
@@ -224,7 +225,7 @@ def test_parts_of_a_path(tmp_path):
     assert 'shared' in short.settings['split'] and len(short) == 1
     with pytest.raises(ValueError, match="'3.mp4' has 12 frames, but a window of 13"): open_data(tmp_path/'3.mp4', length=13)
     with pytest.raises(ValueError, match='unknown split of a path'): open_data(tmp_path, 'valid')
-    with pytest.raises(ValueError, match='unknown field of FolderConfig'): open_data(tmp_path, frame_rate=3)
+    with pytest.raises(ValueError, match='unknown setting of data read as files'): open_data(tmp_path, frame_rate=3)
     with pytest.raises(ValueError, match='n must be'): open_data(tmp_path, n=0)
 
 def test_scenes_by_name(tmp_path):

@@ -10,7 +10,8 @@ import torch
 from slotnb.batch.run import start_run
 from slotnb.core import real_data_dir
 from slotnb.data.clips import Clip, ClipList, Loader, Windows
-from slotnb.data.folder import BrokenFile, FolderConfig, open_data
+from slotnb.data.folder import BrokenFile, FolderConfig
+from slotnb.data.open import open_data
 from slotnb.data.scenes import PRESETS as SCENES
 from slotnb.layers.weights import CheckpointError
 from slotnb.models.savi import SAVi, preset

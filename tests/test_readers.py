@@ -170,8 +170,8 @@ def test_absent_obj3d(tmp_path, obj3d_root):
     with pytest.raises(ValueError, match='(?s)nothing of OBJ3D train can be read.*12, left out'): OBJ3D(obj3d_root, 'train', OBJ3DConfig(frames=FRAMES + 1))
 
 def test_only_the_window_is_read(obj3d_root, monkeypatch):
-    data, reads, read = open_obj3d(obj3d_root, length=4, step=2, frames=FRAMES), [], obj3d.read_picture
-    monkeypatch.setattr(obj3d, 'read_picture', lambda p: reads.append(p.name) or read(p))
+    data, reads, read = open_obj3d(obj3d_root, length=4, step=2, frames=FRAMES), [], published.read_picture
+    monkeypatch.setattr(published, 'read_picture', lambda p, *more: reads.append(p.name) or read(p, *more))
     clip = data[3]
     assert reads == [f'test_{i}.png' for i in (4, 6, 8, 10)] and clip.meta['start'] == 3 and clip.meta['step'] == 2
 
@@ -313,6 +313,11 @@ def test_extracted_frames(tmp_path, collisions, written):
     auto, mp4, jpg = read(tmp_path/'both')[0], read(tmp_path/'both', source='mp4')[0], read(tmp_path/'jpg')[0]
     assert (auto.video == jpg.video).all() and (auto.video != mp4.video).any(), 'frames are read where they were extracted'
     assert (auto.video.float() - collisions[written['train'].clips[0]].video.float()).abs().mean() < 4 and (auto.labels == mp4.labels).all()
+    odd = tmp_path/'jpg/videos/train/video_00000-01000/video_00000/000003.jpg'
+    kept = odd.read_bytes()
+    published.require('PIL.Image', 'data').new('RGB', (64, 64)).save(odd)
+    with pytest.raises(BrokenFile, match='video_00000 has frames of different sizes'): read(tmp_path/'jpg')[0]
+    odd.write_bytes(kept)
     (folder/'000007.jpg').unlink()
     with pytest.warns(UserWarning, match='video_00000'): assert len(read(tmp_path/'both')) == 1, 'no silent way back to the mp4'
     assert len(read(tmp_path/'both', source='mp4')) == 2

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..core import Config, one_of
-from .clips import Clip, Subset, Windows
+from .clips import Clip
 from .files import BrokenFile, existing
-from .published import LEVELS, Check, OnDisk, check_whole, count_frames, pick, read_mp4, read_picture, shrink, sift
+from .published import LEVELS, Check, OnDisk, check_size, check_splits, check_whole, count_frames, part_of, pick, read_mp4, read_pictures, shrink, sift
 from .rle import to_labels
 
 # %% ../../nbs/10_data/55_clevrer.ipynb #db5fae19
@@ -42,9 +42,7 @@ class CLEVRERConfig(Config):
         choices = dict(colour=('bgr', 'rgb'), source=('auto', 'mp4', 'frames'), masks=('auto', 'none'), pick=('nearest', 'nearest-exact'),
                        ids=('attributes', 'position'), annotations=('auto', 'none'))
         for name, allowed in choices.items(): one_of(f'{name} of CLEVRERConfig', getattr(self, name), allowed)
-        sizes = self.size if isinstance(self.size, tuple) else (self.size, self.size)
-        if self.size is not None and (len(sizes) != 2 or min(sizes) < 1):
-            raise ValueError(f'size must be a positive integer, (height, width) or None, got {self.size!r}')
+        check_size(self.size)
         if min(self.frames, self.max_objects) < 1: raise ValueError(f'frames and max_objects must be positive, got {self.frames} and {self.max_objects}')
 
 SPLITS = dict(train=(0, 10000), val=(10000, 15000), test=(15000, 20000)) # numbers of the videos, as published
@@ -177,7 +175,7 @@ def read_video(
 ) -> Clip:
     "Some frames of a video with their labels and truth, at the size of the config."
     if video.mp4 is not None: pixels = read_mp4(video.mp4, frames, config.colour)
-    else: pixels = torch.stack([read_picture(video.folder/f'{i:06d}.jpg', config.colour) for i in frames])
+    else: pixels = read_pictures([video.folder/f'{i:06d}.jpg' for i in frames], config.colour)
     pixels = shrink(pixels, config.size, config.antialias)
     truth, objects = ({}, ()) if video.annotation is None else read_annotation(video.annotation, frames)
     labels = None if video.proposal is None else pick(read_proposals(video.proposal, frames, config.ids, objects), tuple(pixels.shape[2:]), config.pick)
@@ -190,7 +188,7 @@ def _look(root, split: str, config: CLEVRERConfig, how: str) -> tuple[Check, lis
     read = functools.partial(read_video, config=config)
     good, broken = sift([v for v in every if v.name not in config.exclude], lambda v: examine(v, how, read), f'looking at CLEVRER {split}')
     parts = {'as frames in a folder': 'folder', 'with proposed masks': 'proposal', 'with annotations': 'annotation'}
-    found = {f'videos of {split}': len(good), **{f'of them {k}': sum(getattr(v, a) is not None for v in good) for k, a in parts.items()}}
+    found = {f'videos of {split}': len(good), **{f'of {split} {k}': sum(getattr(v, a) is not None for v in good) for k, a in parts.items()}}
     absent = [f'{total - len(every):,} of the {total:,} videos of {split} as published']*(len(every) < total)
     absent += [f'folder {Path(root)/"derender_proposals"}: no masks']*(not (Path(root)/'derender_proposals').is_dir())
     absent += [f'folder {Path(root)/"annotations"/split}: no truth about motion']*(split != 'test' and not (Path(root)/'annotations'/split).is_dir())
@@ -204,16 +202,8 @@ def check(
     config: CLEVRERConfig=CLEVRERConfig(),
 ) -> Check: # prints what is found, missing and broken, and where to get it
     "What there is of CLEVRER at a path."
-    total = Check('CLEVRER', Path(root).expanduser(), one_of('level of the check', how, LEVELS), get=GET)
-    for s in SPLITS if split is None else [split]:
-        try: part, _ = _look(root, s, config, how)
-        except FileNotFoundError as e:
-            total.missing.append(str(e).removesuffix(f'. {GET}'))
-            continue
-        total.found |= {k.replace('of them', f'of {s}'): n for k, n in part.found.items()}
-        total.missing += [m for m in part.missing if m not in total.missing]
-        total.broken, total.excluded = total.broken | part.broken, total.excluded | part.excluded
-    return total
+    look = lambda s: _look(root, s, config, how)[0]
+    return check_splits('CLEVRER', root, list(SPLITS) if split is None else [split], look, how, GET)
 
 # %% ../../nbs/10_data/55_clevrer.ipynb #87c5ae75
 class CLEVRER(OnDisk):
@@ -243,6 +233,6 @@ def open_clevrer(
 ): # a data set
     "CLEVRER with the windows of its published loader: 123 of 6 frames for each training video, 21 for a held-out one."
     data = CLEVRER(root, split, CLEVRERConfig.from_dict(settings), check)
-    if n is not None: data = Subset(data, range(min(n, len(data))), data.name)
-    if length is None: return data
-    return Windows(data, length, step, stride or (1 if split == 'train' else length*step))
+    return part_of(data, n, length, step, stride or (1 if split == 'train' else None))
+
+

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from ..core import Config, atomic_path, one_of, require
-from .clips import Clip, Subset, Windows
+from .clips import Clip
 from .files import BrokenFile, existing, video_frames
 from .multi_object import labels_of
-from .published import LEVELS, Check, OnDisk, check_whole, pick, read_picture, shrink, sift
+from .published import LEVELS, Check, OnDisk, check_size, check_whole, part_of, pick, read_picture, shrink, sift
 
 # %% ../../nbs/10_data/70_movi.ipynb #279e7208
 MAX_OBJECTS = dict(a=10, b=10, c=10, d=23, e=23) # of each level, as published
@@ -40,6 +40,7 @@ class MOViConfig(Config):
         super().__post_init__()
         if self.level is not None: one_of('level of MOVi', self.level, MAX_OBJECTS)
         one_of('masks of MOViConfig', self.masks, ('auto', 'none'))
+        check_size(self.size)
         if self.frames is not None and self.frames < 1: raise ValueError(f'frames must be a positive integer or None, got {self.frames!r}')
 
 # %% ../../nbs/10_data/70_movi.ipynb #e2e350ac
@@ -206,8 +207,9 @@ def open_movi(
 ): # a data set
     "MOVi from folders, whole videos or windows of them."
     data = MOVi(root, split, MOViConfig.from_dict(settings), check)
-    if n is not None: data = Subset(data, range(min(n, len(data))), data.name)
-    return data if length is None else Windows(data, length, step, stride)
+    return part_of(data, n, length, step, stride)
+
+
 
 # %% ../../nbs/10_data/70_movi.ipynb #a6151677
 def write_movi(

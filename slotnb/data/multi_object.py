@@ -7,7 +7,7 @@ __all__ = ['VARIANTS', 'GET', 'CLEVR', 'CLEVR6', 'Variant', 'misfit', 'recognise
            'image_arrays', 'variant_of', 'open_multi_object', 'check', 'example_of', 'write_multi_object']
 
 # %% ../../nbs/10_data/65_multi_object.ipynb #d9454cfe
-import functools, itertools
+import functools, itertools, shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,16 +215,17 @@ def _whole_numbers(x: np.ndarray, what: str) -> np.ndarray: # uint8
         raise ValueError(f'{what} must be whole numbers from 0 to 255, got {x.dtype} from {x.min()} to {x.max()}')
     return x.astype(np.uint8)
 
-def _table_variant(path: Path, image, shape: tuple) -> Variant:
+def _table_variant(path: Path, image, shape: tuple, wanted: str | None=None) -> Variant:
+    "What a table holds: the variant wanted if it fits, else the one its file is named after."
     k = shape[1] if len(shape) == 4 else None
     fits = [v for v in VARIANTS.values() if v.image == tuple(image.shape[1:]) and k in (None, v.masks) and v.name.split('_')[0] in path.name.lower()]
+    fits.sort(key=lambda v: (v.name != wanted, v.name not in path.name.lower()))
     return fits[0] if fits else Variant(path.stem, None, tuple(image.shape[1:]), k or 256)
 
-def _table_images(path: Path, split: str, config: MultiObjectConfig) -> Iterator[dict | BrokenFile | None]:
+def _table_images(path: Path, split: str, config: MultiObjectConfig, variant: Variant) -> Iterator[dict | BrokenFile | None]:
     file, data, _ = _open_table(path, split)
     try:
         image, mask, shape = _table(path, data)
-        variant = _table_variant(path, image, shape)
         n, one_hot, background = shape[0], len(shape) == 4, config.background or variant.background
         k = shape[1] if one_hot else data['visibility'].shape[1] if 'visibility' in data else None
         names = {'visibility', *(f for f, _ in variant.factors), *variant.codes}
@@ -255,10 +256,10 @@ def _stream(path: Path, variant: str | None, split: str, config: MultiObjectConf
         file, data, own = _open_table(path, split)
         try: image, _, shape = _table(path, data)
         finally: file and file.close()
-        v = _table_variant(path, image, shape)
+        v = _table_variant(path, image, shape, variant)
         _check_crop(config, path, *v.image[:2])
         if variant is not None and v.name != variant: raise BrokenFile(f'{path} is no {variant}: its images are {tuple(image.shape)}, its masks {shape}; variant=None takes any')
-        return v.name, shape[1] - (config.background or v.background) if len(shape) == 4 else None, functools.partial(_table_images, path, split, config), own is not None
+        return v.name, shape[1] - (config.background or v.background) if len(shape) == 4 else None, functools.partial(_table_images, path, split, config, v), own is not None
     v = variant_of(path, variant)
     _check_crop(config, path, *v.image[:2])
     return v.name, v.masks - (config.background or v.background), functools.partial(_tfrecord_images, path, v, config), False
@@ -386,7 +387,12 @@ def write_multi_object(
     return len(examples)
 
 def _write_hdf5(path: Path, split: str, columns: dict):
-    "The layout of EfficientMORL: <split>/imgs, <split>/masks, and each factor beside them."
+    "The layout of EfficientMORL: <split>/imgs, <split>/masks, and each factor beside them; other splits of the file stay."
     names = dict(image='imgs', mask='masks')
-    with atomic_path(path) as part, require('h5py', 'data').File(part, 'w') as f:
-        for k, x in columns.items(): f.create_dataset(f'{split}/{names.get(k, k)}', data=x[..., None] if k == 'mask' else x, chunks=(1, *(x[..., None] if k == 'mask' else x).shape[1:]), compression='gzip')
+    with atomic_path(path) as part:
+        if path.is_file(): shutil.copyfile(path, part)
+        with require('h5py', 'data').File(part, 'a' if path.is_file() else 'w') as f:
+            if split in f: del f[split]
+            for k, x in columns.items():
+                x = x[..., None] if k == 'mask' else x
+                f.create_dataset(f'{split}/{names.get(k, k)}', data=x, chunks=(1, *x.shape[1:]), compression='gzip')

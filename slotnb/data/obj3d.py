@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from ..core import Config, one_of
-from .clips import Clip, Subset, Windows
+from .clips import Clip
 from .files import BrokenFile, existing
-from .published import LEVELS, Check, OnDisk, check_whole, read_picture, shrink, sift
+from .published import LEVELS, Check, OnDisk, check_size, check_splits, check_whole, part_of, read_picture, read_pictures, shrink, sift
 
 # %% ../../nbs/10_data/50_obj3d.ipynb #ec9a3e55
 @dataclass(frozen=True)
@@ -30,9 +30,7 @@ class OBJ3DConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         one_of('order of OBJ3DConfig', self.order, ('text', 'number'))
-        sizes = self.size if isinstance(self.size, tuple) else (self.size, self.size)
-        if self.size is not None and (len(sizes) != 2 or min(sizes) < 1):
-            raise ValueError(f'size must be a positive integer, (height, width) or None, got {self.size!r}')
+        check_size(self.size)
         if self.frames < 1: raise ValueError(f'frames must be a positive integer, got {self.frames!r}')
 
 SPLITS = dict(train=2920, val=200, test=200) # episodes as published
@@ -92,17 +90,8 @@ def check(
     config: OBJ3DConfig=OBJ3DConfig(),
 ) -> Check: # prints what is found, missing and broken, and where to get it
     "What there is of OBJ3D at a path."
-    total = Check('OBJ3D', Path(root).expanduser(), one_of('level of the check', how, LEVELS), get=GET)
-    for s in SPLITS if split is None else [split]:
-        try: part, _ = _look(root, s, config, how)
-        except FileNotFoundError as e:
-            total.missing.append(str(e).removesuffix(f'. {GET}'))
-            continue
-        total.found |= part.found
-        total.missing += part.missing
-        total.broken |= {f'{s}/{k}': v for k, v in part.broken.items()}
-        total.excluded |= {f'{s}/{k}': v for k, v in part.excluded.items()}
-    return total
+    look = lambda s: _look(root, s, config, how)[0]
+    return check_splits('OBJ3D', root, list(SPLITS) if split is None else [split], look, how, GET, '{split}/{sample}')
 
 # %% ../../nbs/10_data/50_obj3d.ipynb #83b1000f
 class OBJ3D(OnDisk):
@@ -117,10 +106,8 @@ class OBJ3D(OnDisk):
         super().__init__(f'OBJ3D {split}', looked, good, config, split)
 
     def read(self, sample, frames) -> Clip:
-        pictures = [read_picture(sample.path(i)) for i in frames]
-        sizes = sorted({tuple(p.shape[1:]) for p in pictures})
-        if len(sizes) > 1: raise BrokenFile(f'episode {sample.name} ({sample.folder}) has frames of different sizes: {sizes}')
-        return Clip(shrink(torch.stack(pictures), self.config.size, self.config.antialias), meta=dict(source=str(sample.folder), fps=None))
+        video = read_pictures([sample.path(i) for i in frames])
+        return Clip(shrink(video, self.config.size, self.config.antialias), meta=dict(source=str(sample.folder), fps=None))
     def first_file(self, sample): return sample.path(0)
 
 # %% ../../nbs/10_data/50_obj3d.ipynb #6449213f
@@ -136,6 +123,6 @@ def open_obj3d(
 ): # a data set
     "OBJ3D with the windows of its published loader: 45 of 6 frames for each training episode."
     data = OBJ3D(root, split, OBJ3DConfig.from_dict(settings), check)
-    if n is not None: data = Subset(data, range(min(n, len(data))), data.name)
-    if length is None: return data
-    return Windows(data, length, step, stride or (1 if split == 'train' else max(data.lengths)))
+    return part_of(data, n, length, step, stride or (1 if split == 'train' else max(data.lengths)))
+
+

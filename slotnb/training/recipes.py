@@ -9,8 +9,8 @@ __all__ = ['RECIPES', 'Recipe', 'recipe', 'Material', 'material']
 from dataclasses import dataclass, field
 
 from ..core import Config, one_of
-from ..data.clips import Windows
-from ..data.folder import open_data
+from ..data.clips import Subset, Windows
+from ..data.open import open_data
 from ..data.scenes import PRESETS as SCENES
 from .fit import FitConfig
 
@@ -78,4 +78,5 @@ def material(
         length = min(whole.lengths)
     train, held_out = (open_data(name, split, size=size, length=length) for split in ('train', 'val'))
     held_out = Windows(held_out.dataset, min(24, min(held_out.dataset.lengths)), stride=None)
+    if len(held_out) > r.eval_clips: held_out = Subset(held_out, [i*len(held_out)//r.eval_clips for i in range(r.eval_clips)])
     return Material(name, train, held_out, fit, False, held_out[0].labels is not None, whole.max_objects)
