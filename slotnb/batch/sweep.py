@@ -43,8 +43,21 @@ class Sweep(Config):
             if not isinstance(values, (list_type, tuple)) or not values: raise ValueError(f'grid: {name} must be a list of at least one value, got {values!r}')
         for row in self.list:
             if not isinstance(row, dict) or set(row) & set(self.grid): raise ValueError(f'list: a row must be "name: value" pairs of parameters that are not in the grid, got {row!r}')
+        self._check_paired()
         if isinstance(self.seeds, bool) or not isinstance(self.seeds, (int, tuple)) or not self.all_seeds or any(type(s) is not int for s in self.all_seeds):
             raise ValueError(f'seeds must be a positive number of seeds or a list of them, got {self.seeds!r}')
+
+    def _check_paired(self):
+        "A baseline that no run will be is found before the runs, not after."
+        paired = self.report.get('paired')
+        if paired is None: return
+        if not isinstance(paired, dict) or not paired: raise ValueError(f'report: paired must be "name: value" of the baseline, such as {{arm: baseline}}, got {paired!r}')
+        rows = [r for r in self.list if isinstance(r, dict)]
+        for name, value in paired.items():
+            names = list(dict.fromkeys([*self.grid, *(k for r in rows for k in r), *self.parameters]))
+            one_of('parameter in report: paired', name, names or ['those of grid and list, of which there are none'])
+            if name in self.parameters or (name not in self.grid and any(name not in r for r in rows)): continue # fixed for this once, or the notebook's default in some rows
+            if value not in (values := self.grid.get(name) or [r[name] for r in rows]): raise ValueError(f'report: paired has {name}: {value!r}, which no run of the sweep has: there are {", ".join(dict.fromkeys(map(repr, values)))}')
 
     @property
     def all_seeds(self) -> tuple: return self.seeds if isinstance(self.seeds, tuple) else tuple(range(self.seeds))

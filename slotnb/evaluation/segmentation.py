@@ -147,16 +147,17 @@ def masks_to_labels(
 def ari_binary_sum(
     true, # true labels (B, T, H, W), integers >= 0, 0 = background
     masks, # soft masks (B, T, K, H, W), sums to 1 over K
-    background: str, # 'keep' sums all slots, 'drop_largest' leaves out the slot with the most pixels above the threshold, 'drop_min_max' the one whose largest mask value is smallest (SlotFormer)
+    background: str, # 'keep' sums all slots; 'drop_largest' leaves out the one with the most pixels above the threshold, 'drop_min_max' the one whose largest mask value is smallest
     thr: float=0.5, # a slot claims the pixels where its mask is above it
-    per: str='clip', # 'clip' or 'frame', also for which slot is the largest
+    per: str='clip', # 'clip' or 'frame', also for which slot is left out; of equal ones the lowest
 ) -> torch.Tensor: # float64 (B,) or (B, T): ARI of two clusters. It is blind to which object is which
     "The two-cluster score of the invariant-slots report (foreground against background): for reading its tables, not for judging models."
     one_of('background', background, ['keep', 'drop_largest', 'drop_min_max'])
     one_of('scope "per"', per, ['clip', 'frame'])
-    claimed = check_masks(masks) > thr
+    masks = check_masks(masks)
+    claimed = masks > thr
     if background != 'keep':
-        size = claimed.flatten(3).sum(3) if background == 'drop_largest' else -check_masks(masks).flatten(3).amax(3) # (B, T, K)
+        size = claimed.flatten(3).sum(3) if background == 'drop_largest' else -masks.flatten(3).amax(3) # (B, T, K)
         if per == 'clip': size = size.sum(1, keepdim=True) if background == 'drop_largest' else size.amin(1, keepdim=True)
         claimed = claimed & (F.one_hot(size.argmax(2), size.shape[2]) == 0)[..., None, None]
     return ari((torch.as_tensor(true) > 0).long(), claimed.any(2).long(), per)
