@@ -115,13 +115,14 @@ class Run:
 
 # %% ../../nbs/40_training/40_fit.ipynb #ff2d7ea9
 def condition(model, batch: dict) -> dict: # keyword arguments of the model
-    "What a conditioned model is told of the first frame: its true boxes or masks, from the batch's labels."
+    "What else a model is told of a batch: what its `inputs(batch)` takes from it; a conditioned model, the true boxes or masks of the first frame."
+    if hasattr(model, 'inputs'): return model.inputs(batch)
     start = getattr(model, 'init', None)
     if not getattr(start, 'conditioned', False): return {}
     if batch.get('labels') is None: raise ValueError(f'a model conditioned on first-frame {start.kind} needs data with labels')
     return {'condition': start.condition_of(batch['labels'][:, 0])}
 
-def terms(run: Run, video: Tensor, batch: dict) -> dict: # name -> 0-d tensor
+def terms(run: Run, video: Tensor | None, batch: dict) -> dict: # name -> 0-d tensor
     "The losses of this rank's part of a batch."
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.amp == 'bf16'):
         record = run.model(video, generator=run.generators['slots'], **condition(run.model, batch))
@@ -132,7 +133,7 @@ def train_step(run: Run, batch: dict):
     c, run.step = run.config, run.step + 1
     if not run.ranks.leads: torch.manual_seed(stream(run.seed, 'dropout', run.ranks.rank, run.step)) # no checkpoint holds the others' dropout
     batch = {k: v.to(run.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    video = to_float(batch['video'], run.device, torch.channels_last if c.channels_last else None)
+    video = to_float(batch['video'], run.device, torch.channels_last if c.channels_last else None) if 'video' in batch else None # extracted slots may come alone
     found = run.forward(run, video, batch)
     loss = total(found)
     loss.backward()
@@ -297,9 +298,9 @@ def log(run: Run, found: dict) -> dict: # the row
 
 # %% ../../nbs/40_training/40_fit.ipynb #44477b36
 def fit(
-    model: nn.Module, # called as model(video, generator=g), gives a record
+    model: nn.Module, # called as model(video, generator=g), and with what its `inputs(batch)` gives, if it has that; gives a record
     loader, # `slotnb.data.clips.Loader`, or anything with its `stream(start, stop)` and `batch_size`
-    loss, # loss(record, video, batch) -> named terms
+    loss, # loss(record, video, batch) -> named terms; video is None where batches have none
     config: FitConfig,
     run_dir: str | Path | None=None, # checkpoints, history and TensorBoard events go here; `None`: nothing is written
     device: str | torch.device='auto',
