@@ -101,17 +101,18 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict): # field -> value; tuples may come as lists
         "A config from a plain dict; an unknown field raises `ValueError` with the nearest spelling."
-        names = [f.name for f in dataclasses.fields(cls)]
+        names = [f.name for f in dataclasses.fields(cls) if f.init] # what is not given cannot be: a running state
         for name in values: one_of(f'field of {cls.__name__}', name, names)
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def to_dict(self) -> dict: # JSON-ready
         "The fields as a plain dict."
-        return dataclasses.asdict(self)
+        state = {f.name for f in dataclasses.fields(self) if not f.init}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in state}
 
     def but(self, **changes):
         "The same config with some fields changed, checked like `from_dict`."
-        return type(self).from_dict({**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, **changes})
+        return type(self).from_dict({**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}, **changes})
 
 # %% ../nbs/00_core.ipynb #4f78fb5a
 def stream(

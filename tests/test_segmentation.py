@@ -131,4 +131,4 @@ def test_cuda_gives_the_same():
     g = torch.Generator().manual_seed(0)
     true, masks = torch.randint(0, 6, (4, 3, 32, 32), generator=g), torch.rand(4, 3, 7, 32, 32, generator=g).softmax(2)
     assert score_segmentation(true.cuda(), masks.cuda()) == score_segmentation(true, masks)
-    assert torch.equal(ari_binary_sum(true.cuda(), masks.cuda(), 'keep'), ari_binary_sum(true, masks, 'keep'))
+    assert torch.equal(ari_binary_sum(true.cuda(), masks.cuda(), background='keep'), ari_binary_sum(true, masks, background='keep'))

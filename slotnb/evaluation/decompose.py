@@ -55,11 +55,11 @@ def score_decomposition(
     unknown = torch.full((len(video),), torch.nan)
     scores = unknown if labels is None else fg_ari(labels, masks_to_labels(record.decoder_masks))
     for background in BINARY:
-        binary = unknown if labels is None else ari_binary_sum(labels, record.decoder_masks, background, per='frame')
+        binary = unknown if labels is None else ari_binary_sum(labels, record.decoder_masks, background=background, per='frame')
         entries |= summarise(f'ari_binary_{background}.{source}.frame', binary)
     defined = scores[~scores.isnan()]
     entries[f'fg_ari.{source}.clip.ci95'] = (1.96*defined.std()/len(defined)**0.5).item() if len(defined) > 1 else float('nan') # half width, over clips
-    entries[f'collapsed.{source}.clip'] = float(defined.mean() < 0.5) if len(defined) else float('nan')
+    entries |= summarise(f'collapsed.{source}.clip', [float(defined.mean() < 0.5) if len(defined) else float('nan')])
     diagnosis, sentence = diagnose(record.decoder_masks, labels, source)
     return entries | diagnosis, scores, sentence
 

@@ -147,8 +147,8 @@ def masks_to_labels(
 def ari_binary_sum(
     true, # true labels (B, T, H, W), integers >= 0, 0 = background
     masks, # soft masks (B, T, K, H, W), sums to 1 over K
-    background: str, # 'keep' sums all slots; 'drop_largest' leaves out the one with the most pixels above the threshold, 'drop_min_max' the one whose largest mask value is smallest
     thr: float=0.5, # a slot claims the pixels where its mask is above it
+    background: str='keep', # 'keep' sums all slots; 'drop_largest' leaves out the one with the most pixels above the threshold, 'drop_min_max' the one whose largest mask value is smallest
     per: str='clip', # 'clip' or 'frame', also for which slot is left out; of equal ones the lowest
 ) -> torch.Tensor: # float64 (B,) or (B, T): ARI of two clusters. It is blind to which object is which
     "The two-cluster score of the invariant-slots report (foreground against background): for reading its tables, not for judging models."

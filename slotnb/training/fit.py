@@ -202,7 +202,7 @@ def checkpoint(run: Run) -> Path | None:
     if not run.run_dir or not run.ranks.leads: return None
     raw = {f'raw.{n}': p.detach().clone() for n, p in run.model.named_parameters()} if run.average else {}
     with averaged(run):
-        return save_training(run.run_dir/'checkpoints', run.step, run.model, run.optimizer, run.generators, run.identity(), {'seen': run.seen, **raw},
+        return save_training(run.run_dir/'checkpoints', run.step, run.model, run.optimizer, run.generators, run.identity(), {'seen': run.seen, **raw, **{f'loss.{k}': v for k, v in getattr(run.loss, 'state', dict)().items()}},
                              run.config.keep, names=run.names, seconds=run.seconds)
 
 @contextlib.contextmanager
@@ -218,6 +218,7 @@ def restore(run: Run, saved: Saved):
     if run.average:
         run.average = [p.detach().clone() for p in run.params]
         load_weights(run.model, {**saved.weights, **saved.extra('raw.')}, saved.path)
+    if told := saved.extra('loss.'): run.loss.restore(told) # a loss with a memory, such as the report's stale penalty
     run.step, run.seconds, run.names, run.seen = saved.step, saved.note['seconds'], saved.note['names'], saved.extra()['seen']
 
 def take_up(run: Run, resume: bool) -> Path | None: # the checkpoint it came from

@@ -70,6 +70,15 @@ class Losses:
             terms |= new
         return terms
 
+    def state(self) -> dict[str, Tensor]: # empty where no part has one
+        "What parts remember from step to step, for a checkpoint."
+        return {f'{i}.{k}': v for i, p in enumerate(self.parts) if hasattr(p, 'state') for k, v in p.state().items()}
+
+    def restore(self, state: dict[str, Tensor]):
+        "Put it back."
+        for i, p in enumerate(self.parts):
+            if own := {k.partition('.')[2]: v for k, v in state.items() if k.partition('.')[0] == str(i)}: p.restore(own)
+
 def total(
     terms: dict[str, Tensor], # named, weighted, 0-d
 ) -> Tensor: # 0-d, fp32

@@ -24,7 +24,6 @@ from .losses import Losses, Reconstruction
 # %% ../../nbs/40_training/15_separation.ipynb #4f8ad534
 UNITS = {'pixel': lambda n: 1., '01': lambda n: 1/max(1, n - 1), 'pm1': lambda n: 2/max(1, n - 1)} # length of a step on an axis of n cells
 
-@functools.lru_cache(64)
 def spatial_constant(
     n: int, # rows N: frames x slots of a batch
     size: tuple[int, int], # (H, W) of the grid
@@ -32,7 +31,11 @@ def spatial_constant(
     near: float=5., # pairs nearer than this count
 ) -> float:
     "The spatial sum of Algorithm 3."
-    (h, w), step, p = size, UNITS[one_of('units', units, UNITS)], torch.arange(n) % (size[0]*size[1])
+    return _spatial(n, tuple(size), one_of('units', units, UNITS), near)
+
+@functools.lru_cache(64)
+def _spatial(n, size, units, near):
+    (h, w), step, p = size, UNITS[units], torch.arange(n) % (size[0]*size[1])
     d = torch.pdist(torch.stack([p//w*step(h), p % w*step(w)], -1).double()) # the pairs i < j; whole pixels stay exact: 3, 4, 5 is not near
     return float((1 - d[d < near]).square().sum())
 
@@ -59,12 +62,14 @@ def embed(
     seed: int=0, # of 'random'
 ) -> np.ndarray: # (N, 2), float64
     "scikit-learn's t-SNE. It draws from a generator of its own."
-    tsne = require('sklearn.manifold', 'eval').TSNE
+    tsne, data = require('sklearn.manifold', 'eval').TSNE, np.asarray(data, np.float32)
+    if not np.isfinite(data).all(): raise ValueError(f'{np.count_nonzero(~np.isfinite(data).all(1))} of {len(data)} points are not finite')
     perplexity = perplexity or min(30, len(data) - 1)
     if not 0 < perplexity < len(data): raise ValueError(f'perplexity must be above 0 and below the number of points {len(data)}, got {perplexity}')
     if one_of('init', init, ['pca', 'random']) == 'pca' and data.shape[1] < 2:
         raise ValueError(f"init='pca' needs at least 2 features, got {data.shape[1]}: use 'random'")
-    points = tsne(perplexity=perplexity, max_iter=n_iter, init=init, random_state=seed).fit_transform(np.asarray(data, np.float32))
+    if np.ptp(data, 0).max() <= 1e-6*np.abs(data).max(): return np.zeros((len(data), 2)) # all alike (scikit-learn would crash): one point
+    points = tsne(perplexity=perplexity, max_iter=n_iter, init=init, random_state=seed).fit_transform(data)
     return points.astype(np.float64)
 
 # %% ../../nbs/40_training/15_separation.ipynb #cb7b62c6
@@ -75,6 +80,7 @@ def tsne_literal(
     units: str='pixel', # see `spatial_constant`
     index: str='literal', # see `feature_sum`
     close: float=2., near: float=5., # thresholds in the embedding and on the grid
+    factor: float=1., # of the whole; repeating a stale value between calls is `TSNELiteral`'s
 ) -> float: # without a gradient; NaN if a slot is not finite
     "Algorithm 3, lines 4 to 21: the penalty of a batch of slots."
     if isinstance(slots, Tensor): slots = slots.detach().float().cpu().numpy()
@@ -83,8 +89,8 @@ def tsne_literal(
     data = slots.reshape(-1, slots.shape[-1])
     if not np.isfinite(data).all(): return float('nan')
     constant = spatial_constant(len(data), tuple(size), units, near)
-    if len(data) < 2: return constant
-    return feature_sum(embed(data, perplexity, n_iter, init, seed), slots.shape[-2], index, close)[0] + constant
+    if len(data) < 2: return factor*constant
+    return factor*(feature_sum(embed(data, perplexity, n_iter, init, seed), slots.shape[-2], index, close)[0] + constant)
 
 # %% ../../nbs/40_training/15_separation.ipynb #bbe18bae
 @dataclass(frozen=True)
@@ -108,6 +114,13 @@ class TSNELiteral(Config):
         one_of('init', self.init, ['pca', 'random'])
         if self.every < 1 or self.n_iter < 250:
             raise ValueError(f'every must be at least 1 and n_iter at least 250, got {self.every} and {self.n_iter}')
+        for name in ('perplexity', 'close', 'near'):
+            if getattr(self, name) < 0: raise ValueError(f'TSNELiteral.{name} must be at least 0, got {getattr(self, name)}')
+
+    def state(self) -> dict[str, Tensor]: # a resumed run repeats the value an unbroken one would
+        return {k: torch.tensor(v, dtype=torch.float64) for k, v in self.now.items()}
+
+    def restore(self, state: dict[str, Tensor]): self.now.update(iteration=int(state['iteration']), penalty=float(state['penalty']))
 
     def __call__(self, record, video: Tensor | None=None, batch: dict | None=None) -> dict[str, Tensor]:
         content = record.slots.content
