@@ -1,5 +1,5 @@
 """Every figure in the README's results table is the one a reference run printed."""
-import json, re, statistics
+import importlib, json, re, statistics
 
 from slotnb.core import project_root
 
@@ -37,3 +37,31 @@ def test_the_study_sweep_is_whole_and_alike():
     runs = [json.loads(p.read_text()) for p in sorted(RUNS.glob('study-*/run.json'))]
     assert sorted((r['parameters']['model'], r['parameters']['seed']) for r in runs) == [(m, s) for m in ('isa_t', 'isa_ts', 'isa_tsr', 'sa') for s in range(5)]
     assert {(r['status'], r['dirty'], r['parameters']['preset']) for r in runs} == {('done', False, 'study')} and len({r['commit'] for r in runs}) == 1
+
+
+def ablation():
+    "(model, arm) -> seed -> metrics, of all runs."
+    found = {}
+    for path in sorted((ROOT/'runs'/'reference'/'20_loss_ablation').glob('*/run.json')):
+        info = json.loads(path.read_text())
+        assert (info['status'], info['dirty'], info['parameters']['preset'], info['parameters']['strength']) == ('done', False, 'study', 1.)
+        found.setdefault((info['parameters']['model'], info['parameters']['arm']), {})[info['parameters']['seed']] = json.loads((path.parent/'metrics.json').read_text())
+    return found
+
+
+def test_the_ablation_is_whole_and_the_notebook_quotes_it():
+    "Eight seeds in every arm of plain slots, none dropped; each row of the notebook's table is what the runs give."
+    paired = importlib.import_module('slotnb.evaluation.paired')
+    runs, text = ablation(), (ROOT/'nbs'/'experiments'/'20_loss_ablation.ipynb').read_text()
+    arms = ['feature', 'spatial', 'both', 'index', 'sham', 'flip']
+    assert all(sorted(runs['sa', arm]) == list(range(8)) for arm in ('baseline', 'contrast', *arms))
+    of = lambda arm, key: {s: m[key] for s, m in runs['sa', arm].items()}
+    signed = lambda x, n: f'{x:+.{n}f}'.replace('-', '−')
+    for family in (arms, ['contrast']):
+        fg, mse = ({a: paired.paired(of(a, key), of('baseline', key)) for a in family} for key in ('fg_ari.decoder.clip', 'mse_pixel.decoder.frame'))
+        p_fg, p_mse = (dict(zip(family, paired.holm([r.p for r in of_arm.values()]))) for of_arm in (fg, mse))
+        for a in family:
+            v, w = of(a, 'fg_ari.decoder.clip').values(), of(a, 'mse_pixel.decoder.frame').values()
+            row = [f'`{a}`', f'{sum(v)/8:.3f}', f'{min(v):.2f} – {max(v):.2f}', f'{signed(fg[a].mean, 3)} ({signed(fg[a].low, 3)} to {signed(fg[a].high, 3)})', f'{fg[a].p:.3f}', f'{p_fg[a]:.3f}',
+                   f'{sum(w)/8:.4f}', signed(mse[a].mean, 4), f'{p_mse[a]:.3f}']
+            assert '| ' + ' | '.join(row) + ' |' in text, row
