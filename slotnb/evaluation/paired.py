@@ -123,7 +123,7 @@ def paired(
     for side, values in (('a', a), ('b', b)):
         if not isinstance(values, Mapping): raise TypeError(f'arm {side} must be a dict seed -> value, got {type(values).__name__}: without seeds there are no pairs')
     dropped = _dropped(a, b)
-    seeds = tuple(s for s in a if s not in dropped)
+    seeds = tuple(s for s in sorted(a, key=lambda s: (str(type(s)), s)) if s not in dropped) # their order in the dict must not move the bootstrap
     d = np.array([float(a[s]) - float(b[s]) for s in seeds])
     if not len(d): return Paired(seeds, (), dropped)
     known = dict(mean=float(d.mean()), p=sign_flip(d, seed=seed))
