@@ -65,3 +65,6 @@ def test_the_ablation_is_whole_and_the_notebook_quotes_it():
             row = [f'`{a}`', f'{sum(v)/8:.3f}', f'{min(v):.2f} – {max(v):.2f}', f'{signed(fg[a].mean, 3)} ({signed(fg[a].low, 3)} to {signed(fg[a].high, 3)})', f'{fg[a].p:.3f}', f'{p_fg[a]:.3f}',
                    f'{sum(w)/8:.4f}', signed(mse[a].mean, 4), f'{p_mse[a]:.3f}']
             assert '| ' + ' | '.join(row) + ' |' in text, row
+            if a == 'feature': said = f"{sum(of('baseline', 'fg_ari.decoder.clip').values())/8:.3f} to {sum(v)/8:.3f} (p = {p_fg[a]:.2f}", f'(p = {p_mse[a]:.3f})'
+    readme = (ROOT/'README.md').read_text()
+    assert all(s in readme for s in said), said
