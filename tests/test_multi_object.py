@@ -140,6 +140,39 @@ def test_every_variant_comes_back_exactly(name, tmp_path):
     batch = Loader(Windows(data, 1), 2, seed=1).batch(0)
     assert batch['video'].shape == (2, 1, 3, *v.image[:2]) and batch['labels'].dtype == torch.uint8
 
+@pytest.mark.parametrize('name', ['tetrominoes', 'clevr_with_masks', 'multi_dsprites_binarized'])
+def test_one_string_for_all_bytes_is_read_alike(name, tmp_path):
+    v = mo.VARIANTS[name]
+    examples = [noise(v, i) for i in range(2)]
+    stored = [dict(e, mask=np.moveaxis(e['mask'], 0, -1) if v.masks_last else e['mask']) for e in examples]
+    one = [{k: [x.tobytes()] if x.dtype == np.uint8 else x for k, x in e.items()} for e in stored]
+    tf.write_records(tmp_path/'one.tfrecords', map(tf.example_bytes, one))
+    mo.write_multi_object(tmp_path/'many.tfrecords', name, examples)
+    a, b = (all_of(tmp_path/f'{x}.tfrecords', tmp_path) for x in ('one', 'many'))
+    assert a.settings['variant'] == name and not a.skipped and all(torch.equal(a[i].video, b[i].video) and torch.equal(a[i].labels, b[i].labels) for i in range(2))
+    assert all(torch.equal(a[1].truth[k], b[1].truth[k]) for k in b[1].truth) and mo.check(tmp_path/'one.tfrecords', name, 'decode').ok
+    tf.write_records(tmp_path/'few.tfrecords', [tf.example_bytes(dict(one[0], image=[b'too few']))])
+    with pytest.raises(BrokenFile, match='image.* of uint8 7 instead of uint8'): all_of(tmp_path/'few.tfrecords', tmp_path, variant=name)
+
+def test_factors_lie_where_efficientmorl_has_them(pieces, tmp_path):
+    h5py = pytest.importorskip('h5py', reason='h5py is not installed')
+    mo.write_multi_object(tmp_path/'tetrominoes.h5', 'tetrominoes', pieces)
+    with h5py.File(tmp_path/'tetrominoes.h5', 'r') as f: assert set(f['train']) == {'imgs', 'masks', 'factors'} and set(f['train/factors']) == {'x', 'y', 'shape', 'visibility', 'color'}
+    got = mo.open_multi_object(tmp_path/'tetrominoes.h5', split='train', root=tmp_path/'shards')
+    for i, e in enumerate(pieces): assert all(np.array_equal(got[i].truth[k][0], e[k][1:]) for k in ('x', 'y', 'shape', 'visibility', 'color'))
+    image, mask = np.stack([e['image'] for e in pieces]), np.stack([e['mask'] for e in pieces])
+    for name, factors in (('unnamed', {'factors': np.random.default_rng(0).normal(size=(12, 4, 5)).astype(np.float32)}), ('more', {'factors/speed': np.arange(48, dtype=np.float32).reshape(12, 4), 'factors/light': np.arange(12)}),
+                          ('beside', dict(x=np.stack([e['x'] for e in pieces])))):
+        with h5py.File(tmp_path/f'tetrominoes-{name}.h5', 'w') as f:
+            for k, v in dict(imgs=image, masks=mask[..., None], **factors).items(): f[f'train/{k}'] = v
+        clip = mo.open_multi_object(tmp_path/f'tetrominoes-{name}.h5', split='train', root=tmp_path/'shards')[3]
+        if name == 'unnamed': assert np.array_equal(clip.truth['factors'][0], factors['factors'][3, 1:])
+        if name == 'more': assert clip.truth['speed'].tolist() == [[13, 14, 15]] and clip.truth['light'].tolist() == [3]
+        if name == 'beside': assert np.array_equal(clip.truth['x'][0], pieces[3]['x'][1:])
+    with h5py.File(tmp_path/'flat.h5', 'w') as f:
+        for k, v in {'imgs': image, 'masks': mask[..., None], 'factors/x': np.stack([e['x'] for e in pieces])}.items(): f[k] = v
+    assert mo.check(tmp_path/'flat.h5').ok, 'a group of factors is no split'
+
 def test_bytes_of_a_record_are_the_published_ones(tmp_path):
     "One-byte entries, masks (K, H, W), but (H, W, K) in Multi-dSprites; CLEVR's codes are bytes."
     for name in ('clevr_with_masks', 'multi_dsprites_colored_on_colored'):
@@ -189,8 +222,10 @@ class Group(dict):
             with np.load(path) as z: named = {k: z[k] for k in z.files}
         except ValueError: raise OSError('file signature not found')
         for k, v in named.items():
-            group, _, name = k.rpartition('/')
-            (self.setdefault(group, {}) if group else self)[name] = v
+            *groups, name = k.split('/')
+            at = self
+            for group in groups: at = at.setdefault(group, {})
+            at[name] = v
     def close(self): pass
     def __enter__(self): return self
     def __exit__(self, *_): pass
@@ -399,6 +434,17 @@ def test_check_of_a_folder(pieces, tmp_path):
     report = mo.check(tmp_path)
     assert report.ok and len(report.missing) == 8 and 'gs://multi-object-datasets' in repr(report) and 'clevr_with_masks_train.tfrecords' in repr(report)
     assert mo.check(tmp_path, 'tetrominoes', 'whole').found == {'records of tetrominoes_train.tfrecords (tetrominoes, gzipped)': 12}
+    pytest.importorskip('h5py', reason='h5py is not installed')
+    for name in ('tetrominoes/tetrominoes.npz', 'tetrominoes.h5', 'mine.hdf5'): mo.write_multi_object(tmp_path/name, 'tetrominoes', pieces)
+    (tmp_path/'net').mkdir()
+    (tmp_path/'net/weights.h5').write_bytes(b'no images')
+    (tmp_path/'own.npz').write_bytes(b'neither')
+    for how in ('names', 'whole', 'decode'):
+        report = mo.check(tmp_path, how=how)
+        assert report.ok and sum('(tetrominoes' in k and v == 12 for k, v in report.found.items()) == (2 if how == 'names' else 3) and any('mine.hdf5' in k for k in report.found), report
+    assert len(mo.check(tmp_path, 'tetrominoes').found) == 3, 'of a variant by its name only'
+    (tmp_path/'weights.h5').write_bytes(b'no images')
+    assert list(mo.check(tmp_path).broken) == ['weights.h5']
     nowhere = mo.check(tmp_path/'nowhere', 'tetrominoes')
     assert not nowhere.ok and nowhere.missing == ['tetrominoes_train.tfrecords (tetrominoes, 1,000,000 images)']
 
@@ -422,6 +468,21 @@ def test_movi_comes_back_exactly(layout, scenes, tmp_path):
     windows = movi.open_movi(tmp_path, 'train', length=3, level='d')
     assert len(windows) == 14 and windows.max_objects == 23 and Loader(windows, 4).batch(0)['labels'].shape == (4, 3, 32, 32)
     assert pil.open(next((tmp_path/'00000000').glob('*image.png' if layout == 'steve' else 'segm*'))).mode == ('RGB' if layout == 'steve' else 'P')
+
+def test_most_objects_of_movi_are_counted_in_seconds(scenes, tmp_path, monkeypatch):
+    movi.write_movi(tmp_path, scenes, 'kubric')
+    true, read, ids = max(int(c.labels.max()) for c in scenes), [], movi._mask_ids
+    monkeypatch.setattr(movi, '_mask_ids', lambda v, t: read.append((v.name, t)) or ids(v, t))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert movi.MOVi(tmp_path, 'all').max_objects == true and len(set(read)) == 80, 'so few frames are all read'
+        assert movi.MOVi(tmp_path, 'all', movi.MOViConfig(level='a')).max_objects == 10 and len(read) == 80
+    del read[:]
+    monkeypatch.setattr(movi, '_LOOKED', 17)
+    data = movi.MOVi(tmp_path, 'all')
+    with pytest.warns(UserWarning, match=r'at least \d+ objects, the most in 17 of its 80 frames: level='): assert data.max_objects <= true
+    assert len(read) == len(set(read)) == 17 and {v for v, _ in read} == {v.name for v in data.samples} and {('00000000', 0), ('00000009', 7)} <= set(read)
+    assert data.max_objects and len(read) == 17, 'once'
 
 def test_movi_with_folders_for_splits(scenes, tmp_path):
     movi.write_movi(tmp_path/'train', scenes[:2], 'kubric')
@@ -447,11 +508,13 @@ def test_broken_videos_are_named_counted_and_left_out(scenes, tmp_path):
     with pytest.warns(UserWarning, match='8 of 10 clips are broken'): data = movi.MOVi(tmp_path, 'all', check='decode')
     assert [v.name for v in data.samples] == ['00000000', '00000004'] and torch.equal(data[1].video, scenes[4].video)
     for n, words in {1: 'lacks 1 masks, first 00000003_mask_02.png', 2: 'lacks 1 of its first 8 frames, first 00000004_image.png', 3: '00000000_image.png is cut off', 5: 'has no masks, unlike', 6: 'mask_00.png is empty',
-                     7: 'different sizes', 8: '00000001_image.png cannot be read', 9: 'ends after 7 frames, most of the others have 8'}.items(): assert re.search(words, data.skipped[f'{n:08}']), data.skipped[f'{n:08}']
+                     7: 'different sizes', 8: '00000001_image.png is damaged', 9: 'ends after 7 frames, most of the others have 8'}.items(): assert re.search(words, data.skipped[f'{n:08}']), data.skipped[f'{n:08}']
     report = movi.check(tmp_path, how='decode')
     assert not report.ok and len(report.broken) == 8 and list(report.found.values()) == [2] and 'kubric-public' in repr(report)
     lazy = pytest.warns(UserWarning)
-    with lazy: data = movi.MOVi(tmp_path, 'all', check='whole') # the flipped byte is found when it is read, and not papered over
+    with lazy: data = movi.MOVi(tmp_path, 'all', check='whole')
+    assert '00000008' in data.skipped, 'checksums are compared'
+    with lazy: data = movi.MOVi(tmp_path, 'all', check='names') # the flipped byte is found when it is read, and not papered over
     with pytest.raises(BrokenFile, match=r'00000001_image.png cannot be read.*exclude=\(.00000008'): data[[v.name for v in data.samples].index('00000008')]
 
 def test_movi_that_is_not_there(tmp_path, scenes):

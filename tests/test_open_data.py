@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slotnb.core import project_root
-from slotnb.data import open as door
+from slotnb.data import clevrer, open as door
 from slotnb.data.clevrer import CLEVRER, open_clevrer
 from slotnb.data.clips import Clip, ClipList, Loader
 from slotnb.data.converted import Converted
@@ -66,7 +66,7 @@ def test_a_layout_is_recognised_and_its_reader_opens_it(originals, name, layout,
     json.dumps(windows.settings)
 
 def test_it_is_the_reader_itself_with_its_conventions(originals):
-    a, b = open_data(originals/'CLEVRER', length=6, frames=FRAMES), open_clevrer(originals/'CLEVRER', length=6, frames=FRAMES)
+    a, b = open_data(originals/'CLEVRER', length=6, frames=FRAMES, colour='bgr'), open_clevrer(originals/'CLEVRER', length=6, frames=FRAMES)
     assert a.fingerprint == b.fingerprint and a.settings == b.settings and a.settings['colour'] == 'bgr' and a.settings['antialias'] is False and a.settings['size'] == 64
     assert a.max_objects == 6 and same(a[3], b[3]) and len(a) == len(b)
     val = open_data(originals/'OBJ3D', 'val', length=6, frames=FRAMES)
@@ -75,7 +75,7 @@ def test_it_is_the_reader_itself_with_its_conventions(originals):
 
 def test_conventions_are_keywords(originals):
     read = lambda **more: open_data(originals/'CLEVRER', frames=FRAMES, **more)[0]
-    assert torch.equal(read().video.flip(1), read(colour='rgb').video) and (read().video != read(antialias=True).video).any()
+    assert torch.equal(read().video.flip(1), read(colour='bgr').video) and read().meta['colour'] == 'rgb' and clevrer.CLEVRERConfig().colour == 'bgr' and (read().video != read(antialias=True).video).any()
     assert read(masks='none').labels is None and read(size=None).video.shape[2:] == (64, 64) and read(size=32).video.shape[2:] == (32, 32)
     assert open_data(originals/'OBJ3D', frames=5).lengths == [5]*3
     assert len(open_data(originals/'OBJ3D', n=2, frames=FRAMES)) == 2 and len(open_data(originals/'OBJ3D', n=99, frames=FRAMES)) == 3
@@ -130,6 +130,45 @@ def test_an_npz_is_a_users_own_unless_it_is_named(tmp_path, pieces):
     export_as('objects_room', room, tmp_path/'r', file='npz')
     read = open_data(tmp_path/'r/objects_room.npz', 'all', root=tmp_path/'shards')
     assert type(read) is Converted and all(same(read[i], room[i]) for i in range(3)), 'four of its masks are background'
+
+# ---- settings in the text
+
+def test_settings_can_stand_in_the_text(originals, tmp_path):
+    by_text, by_word = open_data(f'{originals}/CLEVRER?frames={FRAMES}&colour=bgr&exclude=("video_00001",)', size=32), open_data(originals/'CLEVRER', frames=FRAMES, colour='bgr', exclude=('video_00001',), size=32)
+    assert by_text.fingerprint == by_word.fingerprint and len(by_text) == 1 and by_text.settings == by_word.settings
+    assert len(open_data(f'tetrominoes:{originals}/tetrominoes?held_out=3', 'val', root=tmp_path)) == 3
+    assert len(open_data('tiny?workers=1', n=2, size=16, root=tmp_path)) == 2
+    for text, says in ((f'{originals}/CLEVRER?frame=3', "'frame': allowed are .*Did you mean 'frames'"), (f'{originals}/CLEVRER?size=3', "'size': allowed are"), ('tiny?n=3', "'n': allowed are root, workers"),
+                       (f'{originals}/CLEVRER?frames', 'each name once'), (f'{originals}/CLEVRER?', 'each name once'), (f'{originals}/CLEVRER?frames=3&frames=4', 'each name once')):
+        with pytest.raises(ValueError, match=says): open_data(text)
+    with pytest.raises(ValueError, match='frames is set behind the "."'): open_data(f'{originals}/CLEVRER?frames=3', frames=FRAMES)
+    odd = tmp_path/'what?a=b'
+    shutil.copytree(originals/'OBJ3D', odd)
+    assert len(open_data(odd, frames=FRAMES)) == len(open_data(f'obj3d:{odd}', frames=FRAMES)) == len(open_data(f'{odd}?frames={FRAMES}')) == 3, 'a path that is there is a path'
+
+def test_an_experiment_can_say_them(originals):
+    from slotnb.training.recipes import material, recipe
+    got = material(recipe('smoke'), (32, 32), f'clevrer:{originals}/CLEVRER?frames={FRAMES}&exclude=("video_00001",)')
+    assert len(got.train.dataset) == 1 and got.has_masks and got.train.settings['colour'] == 'rgb' and got.held_out.dataset.lengths == [FRAMES]*2
+
+@pytest.mark.parametrize('layout, options', [('obj3d', {}), ('clevrer', {}), ('clevrer', dict(frames='jpg')), ('movi', {}), ('tetrominoes', {}), ('tetrominoes', dict(file='npz')), ('tetrominoes', dict(file='hdf5'))])
+def test_what_was_written_opens_with_what_the_writer_says(tmp_path, balls, collisions, pieces, layout, options):
+    if options.get('file') == 'hdf5': pytest.importorskip('h5py')
+    out = export_as(layout, dict(obj3d=balls, movi=balls, clevrer=collisions, tetrominoes=pieces)[layout], tmp_path/'set', **options)
+    shards = dict(root=tmp_path/'shards') if layout == 'tetrominoes' else {}
+    train = open_data(out.path, **out.settings, **shards)
+    assert len(train) == len(out.names) - out.settings.get('held_out', 0) and train.lengths == [1 if layout == 'tetrominoes' else FRAMES]*len(train)
+    if 'held_out' in out.settings: assert len(open_data(out.path, 'val', **out.settings, **shards)) == 1
+    needed = {k: v for k, v in out.settings.items() if k in ('frames', 'held_out')}
+    if needed: # and without them the error names them
+        (k, v), = needed.items()
+        with pytest.raises(ValueError, match=f'frames={v} ' if k == 'frames' else r'from number 100 \(held_out=100\), only 8 in all'): open_data(out.path, **shards)
+    else: assert layout == 'movi' or options == dict(file='hdf5')
+
+def test_clips_of_another_length_are_not_written_as_clevrer(tmp_path, collisions):
+    from slotnb.data.clips import cut
+    out = export_as('clevrer', ClipList([collisions[0], cut(collisions[1], 0, 5), collisions[1]], 'mixed'), tmp_path)
+    assert out.clips == [0, 2] and 'has 5 frames, unlike the first one with 12' in out.left_out[1] and len(open_data(out.path, **out.settings)) == 2
 
 # ---- what is not quite a layout
 
@@ -273,7 +312,7 @@ def test_the_experiment_takes_each_layout(originals, tmp_path, name, monkeypatch
     "The cells of 10_decomposition to its end, on files as published but for their number of frames."
     pytest.importorskip('matplotlib').use('Agg')
     from matplotlib import pyplot as plt
-    from slotnb.data import clevrer, multi_object, obj3d
+    from slotnb.data import multi_object, obj3d
     monkeypatch.setenv('SLOTNB_DATA', str(tmp_path))
     short = lambda config: (lambda values: config.from_dict(dict(values, frames=FRAMES)))
     for module, config in ((obj3d, 'OBJ3DConfig'), (clevrer, 'CLEVRERConfig')): monkeypatch.setattr(module, config, type(config, (), dict(from_dict=staticmethod(short(getattr(module, config))))))

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from slotnb.data import clevrer, obj3d, published, rle
 from slotnb.data.clevrer import CLEVRER, CLEVRERConfig, open_clevrer, read_proposals
-from slotnb.data.clips import Clip, ClipList, Loader, Subset
+from slotnb.data.clips import Clip, ClipList, Loader, Subset, grayscale, to_rgb
 from slotnb.data.export import WRITERS, export_as
 from slotnb.data.files import BrokenFile
 from slotnb.data.obj3d import OBJ3D, OBJ3DConfig, open_obj3d
@@ -139,7 +139,7 @@ DAMAGE = {
     'empty': (lambda p: p.write_bytes(b''), r'test_4\.png is empty', 'whole'),
     'cut off': (lambda p: p.write_bytes(p.read_bytes()[:-30]), r'test_4\.png is cut off', 'whole'),
     'a web page': (lambda p: p.write_bytes(b'<html>Quota exceeded</html>'), r'test_4\.png is not a png file', 'whole'),
-    'a hole inside': (lambda p: p.write_bytes(p.read_bytes()[:60] + bytes(200) + p.read_bytes()[260:]), r'test_4\.png cannot be read as an image', 'decode')}
+    'a hole inside': (lambda p: p.write_bytes(p.read_bytes()[:60] + bytes(200) + p.read_bytes()[260:]), r'test_4\.png is damaged: bytes', 'whole')}
 
 @pytest.mark.parametrize('kind', DAMAGE)
 def test_broken_episodes_are_named_and_left_out(obj3d_root, kind):
@@ -155,11 +155,11 @@ def test_broken_episodes_are_named_and_left_out(obj3d_root, kind):
 
 def test_damage_met_while_reading_says_what_to_do(obj3d_root):
     DAMAGE['a hole inside'][0](obj3d_root/'train/7/test_4.png')
-    data = OBJ3D(obj3d_root, 'train', OBJ3DConfig(frames=FRAMES))
+    data = OBJ3D(obj3d_root, 'train', OBJ3DConfig(frames=FRAMES, exclude=('2',)), 'names')
     i = [s.name for s in data.samples].index('7')
     assert data.window(i, 4, 6).video.shape[0] == 6, 'a window that does not touch it'
-    with pytest.raises(BrokenFile, match=r"test_4\.png.*exclude=\('7',\)"): data.window(i, 0, 6)
-    with pytest.raises(IndexError, match='12'): data[12]
+    with pytest.raises(BrokenFile, match=r"test_4\.png.*Clip '7' of OBJ3D train .*exclude=\('2', '7'\) leaves it out; check='decode'"): data.window(i, 0, 6)
+    with pytest.raises(IndexError, match='11'): data[11]
     with pytest.raises(ValueError, match='it has 20'): data.window(0, 15, 6)
 
 def test_absent_obj3d(tmp_path, obj3d_root):
@@ -260,7 +260,8 @@ def edit(path, change):
     path.write_text(json.dumps(record))
 
 PROPOSAL, ANNOTATION, MP4 = 'derender_proposals/proposal_00001.json', 'annotations/train/annotation_00000-01000/annotation_00001.json', 'videos/train/video_00000-01000/video_00001.mp4'
-def spoil(record): next(o for f in record['frames'] for o in f['objects'])['mask']['counts'] += '1'
+def first_mask(record): return next(o for f in record['frames'] for o in f['objects'])['mask']
+def spoil(record): first_mask(record)['counts'] += '1'
 CLEVRER_DAMAGE = {
     'no proposals': (PROPOSAL, lambda p: p.unlink(), 'no derender_proposals/proposal_00001.json', 'names'),
     'no annotation': (ANNOTATION, lambda p: p.unlink(), 'annotation_00001.json', 'names'),
@@ -268,12 +269,20 @@ CLEVRER_DAMAGE = {
     'video empty': (MP4, lambda p: p.write_bytes(b''), 'is empty', 'whole'),
     'a web page': (MP4, lambda p: p.write_bytes(b'<html></html>'), 'is not an mp4', 'whole'),
     'proposals cut off': (PROPOSAL, lambda p: p.write_text(p.read_text()[:-30]), r'proposal_00001\.json is cut off', 'whole'),
-    'proposals cut off at a brace': (PROPOSAL, lambda p: p.write_text(p.read_text()[:-2]), r'proposal_00001\.json is no whole JSON', 'decode'),
-    'a mask that does not fill its frame': (PROPOSAL, lambda p: edit(p, spoil), 'frame 0: counts of a 320x480 mask', 'decode'),
-    'proposals without masks': (PROPOSAL, lambda p: edit(p, lambda r: [o.pop('mask') for f in r['frames'] for o in f['objects']]), 'no file of proposals', 'decode'),
-    'too few frames of proposals': (PROPOSAL, lambda p: edit(p, lambda r: r['frames'].pop()), f'no frame {FRAMES - 1}', 'decode'),
-    'motion ends early': (ANNOTATION, lambda p: edit(p, lambda r: r['motion_trajectory'].pop()), 'no whole annotation', 'decode'),
-    'an object nobody knows': (ANNOTATION, lambda p: edit(p, lambda r: r['object_property'].pop(0)), 'no whole annotation', 'decode')}
+    'proposals cut off at a brace': (PROPOSAL, lambda p: p.write_text(p.read_text()[:-2]), r'proposal_00001\.json is no whole JSON', 'whole'),
+    'a mask that does not fill its frame': (PROPOSAL, lambda p: edit(p, spoil), 'frame 0: counts of a 320x480 mask', 'whole'),
+    'a mask of three pixels': (PROPOSAL, lambda p: edit(p, lambda r: first_mask(r).update(counts='3')), 'frame 0: counts of a 320x480 mask', 'whole'),
+    'a mask of another size': (PROPOSAL, lambda p: edit(p, lambda r: r['frames'][-1]['objects'][-1]['mask'].update(size=[64, 64])), f'frame {FRAMES - 1}: masks of one frame must all be 320x480', 'whole'),
+    'a mask of no size': (PROPOSAL, lambda p: edit(p, lambda r: [o['mask'].update(size=['a', 'b']) for f in r['frames'] for o in f['objects']]), r"a mask of size \('a', 'b'\)", 'whole'),
+    'attributes that are lists': (PROPOSAL, lambda p: edit(p, lambda r: [o.update(color=[]) for f in r['frames'] for o in f['objects']]), 'no file of proposals', 'whole'),
+    'proposals without masks': (PROPOSAL, lambda p: edit(p, lambda r: [o.pop('mask') for f in r['frames'] for o in f['objects']]), 'no file of proposals', 'whole'),
+    'too few frames of proposals': (PROPOSAL, lambda p: edit(p, lambda r: r['frames'].pop()), f'no frame {FRAMES - 1}', 'whole'),
+    'motion ends early': (ANNOTATION, lambda p: edit(p, lambda r: r['motion_trajectory'].pop()), 'no whole annotation', 'whole'),
+    'no motion': (ANNOTATION, lambda p: edit(p, lambda r: r.pop('motion_trajectory')), "no whole annotation: KeyError 'motion_trajectory'", 'whole'),
+    'no place': (ANNOTATION, lambda p: edit(p, lambda r: r['motion_trajectory'][2]['objects'][0].update(location=[None]*3)), 'no whole annotation: .*location that is no number', 'whole'),
+    'no colour': (ANNOTATION, lambda p: edit(p, lambda r: r['object_property'][0].pop('color')), "no whole annotation: KeyError 'color'", 'whole'),
+    'a hole in the video': (MP4, lambda p: p.write_bytes(p.read_bytes()[:len(p.read_bytes())//2] + bytes(3000) + p.read_bytes()[len(p.read_bytes())//2 + 3000:]), r'video_00001\.mp4', 'decode'),
+    'an object nobody knows': (ANNOTATION, lambda p: edit(p, lambda r: r['object_property'].pop(0)), 'no whole annotation', 'whole')}
 
 @pytest.mark.parametrize('kind', CLEVRER_DAMAGE)
 def test_broken_videos_are_named_and_left_out(clevrer_root, kind):
@@ -287,9 +296,61 @@ def test_broken_videos_are_named_and_left_out(clevrer_root, kind):
     assert [s.name for s in data.samples] == ['video_00000', 'video_00002', 'video_00003']
     for i in range(3): data.window(i, 3, 4)
 
+def test_a_look_without_decoding_says_so(clevrer_root):
+    found = [clevrer.check(clevrer_root, 'train', how, CLEVRERConfig(**SHORT)) for how in ('whole', 'decode')]
+    assert found[0].ok and 'no frame was decoded' in repr(found[0]) and found[1].ok and 'no frame was decoded' not in repr(found[1])
+
+@pytest.mark.parametrize('texts', [['PPf4', '0PPf4'], ['PPf4', '02n90P\\e4', 'W1562N2N2O00000001N2N2NV2', '0PPf4']])
+def test_many_masks_are_checked_as_one_by_one(texts):
+    size = [320, 480]
+    fits = [rle.text_to_counts(t).sum() == 320*480 for t in texts]
+    assert rle._all_fill(texts, 320*480) == all(fits) and rle._all_fill([t for t, f in zip(texts, fits) if f], 320*480)
+    rng = np.random.default_rng(0)
+    masks = [rle.encode(rng.random(size) < p) for p in (0, .01, .5, .99, 1)]
+    rle.check_masks(masks, size)
+    for bad in ('', 'P', '3', 'o'*20 + '0', 'é', rle.counts_to_text([320*480 + 5, -5][::-1]), rle.counts_to_text([0, 5, -5, 320*480])):
+        with pytest.raises(ValueError): rle.check_masks([*masks, dict(size=size, counts=bad)], size)
+
+def test_a_look_is_taken_once(clevrer_root, obj3d_root, monkeypatch):
+    looks, whole = [], published.check_whole
+    for module in (obj3d, clevrer): monkeypatch.setattr(module, 'check_whole', lambda path: looks.append(path.name) or whole(path))
+    def opened(cls, root, config, how='whole'):
+        del looks[:]
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            data = cls(root, 'train', config, how)
+        return [s.name for s in data.samples]
+    for cls, root, config, file, name in ((OBJ3D, obj3d_root, OBJ3DConfig(frames=FRAMES), obj3d_root/'train/7/test_4.png', '7'),
+                                          (CLEVRER, clevrer_root, CLEVRERConfig(**SHORT), clevrer_root/PROPOSAL, 'video_00001')):
+        before = opened(cls, root, config)
+        assert looks and name in before
+        assert opened(cls, root, config) == before == opened(cls, root, config.but(exclude=('x',))) and not looks, 'known'
+        raw = file.read_bytes()
+        file.write_bytes(raw[:100] + bytes(40) + raw[140:])
+        assert opened(cls, root, config) == [n for n in before if n != name] and set(looks) <= {*(f'test_{i}.png' for i in range(1, 21)), MP4[-15:], PROPOSAL[-19:], ANNOTATION[-21:]} and looks, 'one has changed'
+        assert opened(cls, root, config) == [n for n in before if n != name] and not looks, 'and stays broken'
+        file.write_bytes(raw)
+        assert opened(cls, root, config) == before and looks
+        assert opened(cls, root, config, 'decode') == before and looks, 'another level is another look'
+
+@pytest.mark.parametrize('layout', ['obj3d', 'clevrer'])
+def test_a_stride_of_nothing_is_refused(obj3d_root, clevrer_root, layout):
+    with pytest.raises(ValueError, match='stride of a window must be a positive integer, got 0'):
+        (open_obj3d if layout == 'obj3d' else open_clevrer)(obj3d_root if layout == 'obj3d' else clevrer_root, length=4, stride=0, frames=FRAMES)
+
+def test_a_clip_knows_the_order_of_its_channels(written, tmp_path):
+    read = lambda colour: CLEVRER(written['train'].folder, 'train', CLEVRERConfig(colour=colour, **SHORT))
+    bgr, rgb = read('bgr'), read('rgb')
+    assert bgr[0].meta['colour'] == 'bgr' and rgb[0].meta['colour'] == 'rgb' and (grayscale(bgr[0]).video == grayscale(rgb[0]).video).all()
+    assert (to_rgb(bgr[0]).video == rgb[0].video).all() and (to_rgb(to_rgb(bgr[0])).video == rgb[0].video).all()
+    assert (grayscale(bgr.window(0, 2, 3)).video == grayscale(rgb[0]).video[2:5]).all()
+    for name, data in (('a', bgr), ('b', rgb)): export_as('obj3d', data, tmp_path/name, 1, size=64)
+    a, b = (OBJ3D(tmp_path/name, 'train', OBJ3DConfig(frames=FRAMES))[0].video for name in 'ab')
+    assert (a == b).all(), 'written as what it shows'
+
 def test_a_video_of_another_length_is_broken(clevrer_root):
     found = clevrer.check(clevrer_root, 'train') # 128 frames are expected
-    assert len(found.broken) == 4 and f'has {FRAMES} frames, not 128' in found.broken['video_00000'] and not found.ok
+    assert len(found.broken) == 4 and f'has {FRAMES} frames, not 128; the setting frames={FRAMES} takes' in found.broken['video_00000'] and not found.ok
     with pytest.raises(ValueError, match='(?s)nothing of CLEVRER train.*not 128'): CLEVRER(clevrer_root, 'train')
 
 def test_the_published_exclusion(clevrer_root):

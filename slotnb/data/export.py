@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..core import atomic_path, one_of, require
-from .clips import Clip
+from .clips import Clip, Mapped, to_rgb
 from .clevrer import SPLITS as CLEVRER_SPLITS, thousand
 from .movi import write_movi
 from .multi_object import VARIANTS, example_of, write_multi_object
@@ -36,6 +36,10 @@ class Written:
     names: list = field(default_factory=list) # of the samples, in the order of the clips
     clips: list = field(default_factory=list) # the number in the data set of each
     left_out: dict = field(default_factory=dict) # number of a clip -> why it cannot be written in this layout
+    settings: dict = field(default_factory=dict) # that its reader needs where this is not as the published set is: open_data(written.path, **written.settings)
+    file: Path | None = None # where one file holds everything
+    @property
+    def path(self) -> str: return f'{self.layout}:{self.file or self.folder}' # as `open_data` takes it
     def __repr__(self): return f'Written({len(self.names)} clips as {self.layout}, {len(self.left_out)} left out)'
 
 def register(
@@ -58,7 +62,7 @@ def export_as(
     "Write clips in a published layout; those it cannot hold are left out, by number and with the reason, and the next ones taken."
     write = WRITERS[one_of('layout', layout, WRITERS)]
     if n is not None and not 1 <= n <= len(dataset): raise ValueError(f'n must be from 1 to the {len(dataset)} clips of {dataset.name!r}, or None, got {n!r}')
-    out = write(dataset, Path(folder).expanduser(), len(dataset) if n is None else n, one_of('split', split, ('train', 'val', 'test')), **options)
+    out = write(Mapped(dataset, to_rgb, 'rgb'), Path(folder).expanduser(), len(dataset) if n is None else n, one_of('split', split, ('train', 'val', 'test')), **options)
     why = '; '.join(list(out.left_out.values())[:3])
     if not out.names: raise ValueError(f'no clip of {dataset.name!r} can be written as {layout}: {why}')
     if n is not None and len(out.names) < n:
@@ -81,7 +85,9 @@ def write_obj3d(dataset, folder: Path, n: int, split: str,
         part = final.with_name(f'.{i}.part')
         shutil.rmtree(part, ignore_errors=True) # of a killed process
         part.mkdir(parents=True)
-        frames = rearrange(shrink(dataset[i].video, size, True), 't c h w -> t h w c').expand(-1, -1, -1, 3).numpy()
+        clip = dataset[i]
+        frames = rearrange(shrink(clip.video, size, True), 't c h w -> t h w c').expand(-1, -1, -1, 3).numpy()
+        out.settings['frames'] = min(len(clip), out.settings.get('frames', len(clip)))
         for t, frame in enumerate(frames): Image.fromarray(np.dstack([frame, np.full(frame.shape[:2], 255, np.uint8)])).save(part/f'test_{t + 1}.png')
         os.replace(part, final)
         out.names.append(str(i))
@@ -156,6 +162,9 @@ def write_clevrer(dataset, folder: Path, n: int, split: str,
         if len({tuple(o.values()) for o in objects}) < len(objects):
             out.left_out[i] = f'{clip.name} has two objects of one colour, material and shape'
             continue
+        if len(clip) != out.settings.setdefault('frames', len(clip)):
+            out.left_out[i] = f'{clip.name} has {len(clip)} frames, unlike the first one with {out.settings["frames"]}'
+            continue
         place = folder/'videos'/split/thousand(number)
         video = F.interpolate(clip.video.float(), size, mode='bilinear').round().to(torch.uint8)
         labels = F.interpolate(clip.labels[:, None], size, mode='nearest-exact')[:, 0].numpy()
@@ -211,7 +220,7 @@ def _write_images(dataset, folder: Path, n: int, split: str,
     path = folder/dict(tfrecords=VARIANTS[variant].file, hdf5=f'{variant}.h5', npz=f'{variant}.npz')[one_of('file', file, ('tfrecords', 'hdf5', 'npz'))]
     if file != 'hdf5' and split != 'train': raise ValueError(f"{path.name} has no splits, its first images are val when it is read: write split='train', or file='hdf5'")
     if not (file == 'hdf5' and path.is_file() and split not in _groups(path)): _new(path)
-    out, examples = Written(variant, folder), []
+    out, examples = Written(variant, folder, file=path), []
     for i in range(len(dataset)):
         if len(out.names) == n: break
         clip = dataset[i]
@@ -221,6 +230,7 @@ def _write_images(dataset, folder: Path, n: int, split: str,
             out.names.append(str(len(out.names)))
             out.clips.append(i)
     if examples: write_multi_object(path, variant, examples, split)
+    if file != 'hdf5' and len(examples) <= 100: out.settings['held_out'] = max(1, len(examples)//5) if len(examples) > 1 else 0 # else the published 100 leave nothing to train on
     return out
 
 def _groups(path: Path) -> list[str]:

@@ -7,7 +7,7 @@ __all__ = ['MAX_OBJECTS', 'GET', 'MOViConfig', 'Video', 'find_videos', 'read_vid
            'write_movi']
 
 # %% ../../nbs/10_data/70_movi.ipynb #58299fde
-import re, statistics
+import re, statistics, warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from .multi_object import labels_of
 from .published import LEVELS, Check, OnDisk, check_size, check_whole, part_of, pick, read_picture, shrink, sift
 
 # %% ../../nbs/10_data/70_movi.ipynb #279e7208
+_LOOKED = 400 # frames whose masks are read where no level says how many objects there can be
 MAX_OBJECTS = dict(a=10, b=10, c=10, d=23, e=23) # of each level, as published
 GET = ('MOVi is published through TensorFlow Datasets in the public bucket gs://kubric-public/tfds (movi_a to movi_e, 128x128 or 256x256, version 1.0.0); STEVE (github.com/singhgautam/steve, '
        'download_movi_with_masks.py) writes it as the folders read here. Nothing is downloaded from here.')
@@ -153,7 +154,9 @@ def _look(root, split: str, config: MOViConfig, how: str) -> tuple[Check, list]:
         if labelled and not v.masks: raise BrokenFile(f'{v.path} has no masks, unlike other videos of {root}; masks="none" ignores them all')
         if v.frames < usual: raise BrokenFile(f'{v.path} ends after {v.frames} frames, most of the others have {usual}')
         examine(v, how)
-    good, broken = sift([v for v in every if v.name not in config.exclude], test, f'looking at MOVi {split}')
+    def files(v): return [v.path] if v.layout == 'gif' else [v.path, *(p for t in range(v.frames) for p in (v.image(t), *(v.mask(t, n) for n in v.masks)))]
+    of = 'MOVi', how, labelled, usual, config.but(exclude=())
+    good, broken = sift([v for v in every if v.name not in config.exclude], test, f'looking at MOVi {split}', None if how == 'names' else files, of)
     kinds = {f'videos{f" of {split}" if split != "all" else ""} with{"" if labelled else "out"} masks ({layout})': sum(v.layout == layout for v in good) for layout in sorted({v.layout for v in good})}
     missing = [] if every else [f'videos in {root}: it has no folder of *_image.png or rgba_*.png, and no .gif']
     return Check('MOVi', Path(root).expanduser(), how, kinds, missing, broken, {v.name: 'by the setting `exclude`' for v in every if v.name in config.exclude}, GET), good
@@ -190,10 +193,16 @@ class MOVi(OnDisk):
 
     @cached_property
     def max_objects(self) -> int | None:
-        "Of the level; else the highest id there is, for which every mask is read once."
+        "Of the level; else the highest id in the masks, or in so many frames of them, spread evenly, that they are read in seconds: then it is said that there are at least as many."
         if not self.samples[0].masks: return None
         if self.config.level: return MAX_OBJECTS[self.config.level]
-        return max(int(_mask_ids(v, t).max()) for v in self.samples for t in range(v.frames))
+        ends = np.cumsum(self.lengths)
+        looked = np.unique(np.linspace(0, ends[-1] - 1, _LOOKED).round().astype(int))
+        which = np.searchsorted(ends, looked, side='right')
+        most = max(int(_mask_ids(self.samples[v], int(f - (ends[v - 1] if v else 0))).max()) for v, f in zip(which, looked))
+        if len(looked) < ends[-1]:
+            warnings.warn(f'{self.name} has at least {most} objects, the most in {len(looked)} of its {ends[-1]:,} frames: level="a" to "e" says how many there can be', stacklevel=2)
+        return most
 
 def open_movi(
     root: str | Path,

@@ -68,8 +68,9 @@ def examine(
     there = {p.name for p in episode.folder.iterdir()}
     lost = [i for i in range(episode.frames) if f'test_{i + 1}.png' not in there]
     if lost:
+        hint = f'; the setting frames={lost[0]} reads that many' if lost == list(range(len(there), episode.frames)) and lost[0] else ''
         raise BrokenFile(f'episode {episode.name} ({episode.folder}) lacks {len(lost)} of its first {episode.frames} frames, first '
-                         f'{episode.path(lost[0]).name}; it holds {len(there)} files')
+                         f'{episode.path(lost[0]).name}; it holds {len(there)} files{hint}')
     for i in range(episode.frames) if how != 'names' else ():
         check_whole(episode.path(i))
         if how == 'decode': read_picture(episode.path(i))
@@ -78,7 +79,8 @@ def examine(
 def _look(root, split: str, config: OBJ3DConfig, how: str) -> tuple[Check, list]: # (what was found, good episodes)
     one_of('level of the check', how, LEVELS)
     every = find_episodes(root, split, config)
-    good, broken = sift([e for e in every if e.name not in config.exclude], lambda e: examine(e, how), f'looking at OBJ3D {split}')
+    files = None if how == 'names' else lambda e: [e.folder, *map(e.path, range(e.frames))]
+    good, broken = sift([e for e in every if e.name not in config.exclude], lambda e: examine(e, how), f'looking at OBJ3D {split}', files, ('OBJ3D', how, config.frames))
     absent = [] if len(every) >= SPLITS[split] else [f'{SPLITS[split] - len(every):,} of the {SPLITS[split]:,} episodes of {split} as published']
     excluded = {e.name: 'by the setting `exclude`' for e in every if e.name in config.exclude}
     return Check('OBJ3D', Path(root), how, {f'episodes of {split}, each with its first {config.frames} frames': len(good)}, absent, broken, excluded, GET), good
@@ -123,6 +125,6 @@ def open_obj3d(
 ): # a data set
     "OBJ3D with the windows of its published loader: 45 of 6 frames for each training episode."
     data = OBJ3D(root, split, OBJ3DConfig.from_dict(settings), check)
-    return part_of(data, n, length, step, stride or (1 if split == 'train' else max(data.lengths)))
+    return part_of(data, n, length, step, (1 if split == 'train' else max(data.lengths)) if stride is None else stride)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['LAYOUTS', 'Layout', 'Sign', 'signs', 'recognise', 'locate', 'open_data']
 
 # %% ../../nbs/10_data/80_open.ipynb #81989e16
-import functools, os, re
+import ast, functools, os, re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,16 +30,14 @@ class Layout:
     @property
     def settings(self) -> list[str]: return [f.name for f in fields(self.config) if f.name != 'size'] + list(self.more)
 
-_PACKED = ('.tfrecords', '.tfrecord', '.h5', '.hdf5')
-
 def _file_of(path: Path, variant: str | None) -> Path:
     "The file of a multi-object data set: the path itself, or the only one in a folder that can be meant."
     if not path.is_dir(): return path
     here = [path] if variant is None else [path, *(f for f in (path/variant, path/variant.split('_test')[0]) if f.is_dir())]
-    names = None if variant is None else {mo.VARIANTS[variant].file, *(variant + s for s in (*_PACKED, '.npz'))}
-    found = sorted({f for folder in here for f in folder.iterdir() if (f.suffix.lower() in _PACKED if names is None else f.name in names)})
+    names = None if variant is None else mo.names_of(variant)
+    found = sorted({f for folder in here for f in folder.iterdir() if (f.suffix.lower() in mo.PACKED if names is None else f.name in names)})
     if len(found) == 1: return found[0]
-    wanted = f'file of a multi-object data set ({", ".join(_PACKED)})' if names is None else f'file of {variant} ({", ".join(sorted(names))})'
+    wanted = f'file of a multi-object data set ({", ".join(mo.PACKED)})' if names is None else f'file of {variant} ({", ".join(sorted(names))})'
     if not found: raise FileNotFoundError(f'{path} holds no {wanted}. To get it: {mo.GET}')
     raise ValueError(f'{path} holds {len(found)} files that can be meant, {", ".join(f.name for f in found)}: give the path of one')
 
@@ -53,7 +51,7 @@ def _images(variant: str | None, **fixed) -> Layout:
 
 LAYOUTS = dict(
     files=Layout(open_folder, FolderConfig), obj3d=Layout(obj3d.open_obj3d, obj3d.OBJ3DConfig, ('check',)),
-    clevrer=Layout(clevrer.open_clevrer, clevrer.CLEVRERConfig, ('check',)), movi=Layout(open_movi, MOViConfig, ('check',)), multi_object=_images(None),
+    clevrer=Layout(functools.partial(clevrer.open_clevrer, colour='rgb'), clevrer.CLEVRERConfig, ('check',)), movi=Layout(open_movi, MOViConfig, ('check',)), multi_object=_images(None),
     **{v: _images(v) for v in mo.VARIANTS}, clevr6=_images('clevr_with_masks', config=mo.CLEVR6), clevr10=_images('clevr_with_masks', config=mo.CLEVR))
 
 
@@ -105,10 +103,10 @@ def _movi_signs(path: Path) -> list[Sign]:
 def _image_signs(path: Path) -> list[Sign]:
     if path.is_file():
         room = path.suffix.lower() == '.npz' and 'objects_room' in path.name # only its reader knows that four of its masks are background
-        return [Sign('multi_object', path, path.name, True)] if room or path.suffix.lower() in _PACKED else []
+        return [Sign('multi_object', path, path.name, True)] if room or path.suffix.lower() in mo.PACKED else []
     ending = lambda suffixes: '(?i:[^.].*(' + '|'.join(map(re.escape, suffixes)) + '))'
     own = _first(path, ending((*VIDEOS, *IMAGES)))
-    return [Sign('multi_object', path/name, name + (f', beside {own}' if own else ''), not own) for name in _names(path, ending(_PACKED))]
+    return [Sign('multi_object', path/name, name + (f', beside {own}' if own else ''), not own) for name in _names(path, ending(mo.PACKED))]
 
 def signs(
     path: Path, # of a file or a folder
@@ -151,8 +149,18 @@ def locate(
     except ValueError as e: hint = f'{e} Or a path to files or to a published data set: there is none at {path.absolute()}'
     raise (FileNotFoundError if len(path.parts) > 1 or path.suffix else ValueError)(hint)
 
+def _asked(text: str) -> tuple[str, dict]: # (without its settings, settings)
+    "The settings behind the last '?' of a text: name=value, joined by '&'."
+    head, mark, tail = text.rpartition('?')
+    if not mark or any(p and Path(p).expanduser().exists() for p in (text, text.partition(':')[2])): return text, {}
+    settings = {}
+    for name, equals, value in (part.partition('=') for part in tail.split('&')):
+        if not (name and equals) or name in settings: raise ValueError(f"settings of data are written 'path?name=value&name=value', each name once, got {text!r}")
+        try: settings[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError): settings[name] = value # a word
+    return head, settings
+
 def _open_scenes(name: str, split: str, n, length, step, stride, size=None, seed=0, **settings):
-    for k in settings: one_of(f'setting of scenes like {name}:', k, ('root', 'workers'))
     config = scene_data.PRESETS[name]
     if isinstance(size, tuple):
         if size[0] != size[1]: raise ValueError(f'scenes are square: size must be one number, got {size}')
@@ -162,7 +170,7 @@ def _open_scenes(name: str, split: str, n, length, step, stride, size=None, seed
 
 # %% ../../nbs/10_data/80_open.ipynb #3967518a
 def open_data(
-    data: str | Path, # a preset of `scenes`, a path, or a path behind its layout's name: 'clevrer:data/CLEVRER'
+    data: str | Path, # a preset of `scenes`, a path, or a path behind its layout's name; settings may follow: 'clevrer:data/CLEVRER?frames=64&colour=bgr'
     split: str='train', # 'train', 'val' or 'test' where the layout has them; of files also 'all'
     size: int | tuple[int, int] | None=None, # (H, W), one number for both; `None`: the preset's, the layout's or the files' own
     n: int | None=None, # clips, at most, but of scenes and images in one file exactly; `None`: all, of scenes the preset's number
@@ -173,8 +181,12 @@ def open_data(
     **settings, # of the layout's config (`LAYOUTS[name].settings`), of scenes root and workers
 ): # a data set; `settings` of it are saved with results
     "Data by name: scenes made on the spot, a user's own, or a published set."
-    window = dict(n=n, length=length, step=step, stride=stride)
-    if str(data) in scene_data.PRESETS: return _open_scenes(str(data), split, **window, size=size, seed=seed, **settings)
+    window, (data, asked) = dict(n=n, length=length, step=step, stride=stride), _asked(str(data))
+    if twice := asked.keys() & settings.keys(): raise ValueError(f'{", ".join(sorted(twice))} is set behind the "?" of {data} and as a keyword: once is enough')
+    settings |= asked
+    if data in scene_data.PRESETS:
+        for k in settings: one_of(f'setting of scenes like {data}:', k, ('root', 'workers'))
+        return _open_scenes(data, split, **window, size=size, seed=seed, **settings)
     name, path = locate(data)
     for k in settings: one_of(f'setting of data read as {name}:', k, LAYOUTS[name].settings)
     if size is not None: settings['size'] = size

@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'check_whole', 'Check', 'sift', 'check_splits', 'shrink', '
            'check_size', 'read_mp4', 'count_frames', 'write_mp4', 'OnDisk', 'part_of']
 
 # %% ../../nbs/10_data/48_published.ipynb #48117d20
-import os, warnings
+import os, warnings, zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -26,7 +26,7 @@ from .files import BrokenFile
 
 # %% ../../nbs/10_data/48_published.ipynb #56d96159
 _ENDS = { # suffix -> what the file begins with, what it ends with
-    '.png': (b'\x89PNG\r\n\x1a\n', b'IEND\xaeB`\x82'), '.jpg': (b'\xff\xd8', b'\xff\xd9'), '.jpeg': (b'\xff\xd8', b'\xff\xd9'), '.json': (b'{', b'}')}
+    '.jpg': (b'\xff\xd8', b'\xff\xd9'), '.jpeg': (b'\xff\xd8', b'\xff\xd9'), '.json': (b'{', b'}')}
 
 def _check_boxes(path: Path, f, size: int):
     "An mp4 is a row of boxes, each with its length in front."
@@ -44,24 +44,37 @@ def _check_boxes(path: Path, f, size: int):
         at += length
     if b'moov' not in kinds: raise BrokenFile(f'{path} has no index of its frames (box "moov"): it was not written to its end')
 
+def _check_chunks(path: Path, data: bytes):
+    "A PNG is a row of chunks: length, kind, content, checksum."
+    at, kind = 8, b''
+    if data[:8] != b'\x89PNG\r\n\x1a\n': raise BrokenFile(f'{path} is not a png file: it does not begin as one')
+    while kind != b'IEND':
+        length, kind = int.from_bytes(data[at:at + 4], 'big'), data[at + 4:at + 8]
+        if at + 12 + length > len(data): raise BrokenFile(f'{path} is cut off: {len(data)} bytes and no end')
+        if zlib.crc32(data[at + 4:at + 8 + length]) != int.from_bytes(data[at + 8 + length:at + 12 + length], 'big'):
+            raise BrokenFile(f'{path} is damaged: bytes {at} to {at + 11 + length} do not have their checksum')
+        at += 12 + length
+
 def check_whole(
     path: str | Path, # .png, .jpg, .json or .mp4
 ):
-    "`BrokenFile` if the file is empty, cut off, or not what its name says; its middle is not looked at."
+    "`BrokenFile` if the file is empty, cut off, or not what its name says, or a PNG whose checksums fail; inside others nothing is looked at."
     path = Path(path)
-    one_of(f'file format of {path}', path.suffix.lower(), [*_ENDS, '.mp4'])
+    one_of(f'file format of {path}', path.suffix.lower(), [*_ENDS, '.png', '.mp4'])
     with open(path, 'rb') as f:
         size = f.seek(0, os.SEEK_END)
         if not size: raise BrokenFile(f'{path} is empty (0 bytes)')
         if path.suffix.lower() == '.mp4': return _check_boxes(path, f, size)
-        first, last = _ENDS[path.suffix.lower()]
         f.seek(0)
+        if path.suffix.lower() == '.png': return _check_chunks(path, f.read())
+        first, last = _ENDS[path.suffix.lower()]
         if not f.read(64).lstrip().startswith(first): raise BrokenFile(f'{path} is not a {path.suffix[1:]} file: it does not begin as one')
         f.seek(-min(size, 64), os.SEEK_END)
         if not f.read().rstrip(b'\0 \r\n\t').endswith(last): raise BrokenFile(f'{path} is cut off: {size} bytes and no end')
 
 # %% ../../nbs/10_data/48_published.ipynb #5036f73a
-LEVELS = dict(names='files are there and numbered as they must be', whole='and none is empty or cut off', decode='and every frame and mask can be decoded')
+LEVELS = dict(names='files are there and numbered as they must be', whole='and none is empty, cut off, or damaged where checksums and texts tell; no frame was decoded',
+              decode='and every frame and mask can be decoded')
 
 @dataclass(repr=False)
 class Check:
@@ -76,7 +89,9 @@ class Check:
     get: str = '' # how to come by it
 
     @property
-    def ok(self) -> bool: return any(self.found.values()) and not self.broken
+    def ok(self) -> bool:
+        "Something is there and nothing of it is broken, as deep as `how` looks: only 'decode' has seen inside frames."
+        return any(self.found.values()) and not self.broken
     def __repr__(self):
         lines = [f'{self.name} at {self.root} (looked: {self.how}, {LEVELS[self.how]})', *(f'  found    {n} {what}' for what, n in self.found.items())]
         lines += [f'  missing  {m}' for m in self.missing]
@@ -84,16 +99,30 @@ class Check:
         lines += [f'           and {len(self.broken) - 20} more (`broken` has them all)']*(len(self.broken) > 20)
         return '\n'.join(lines + [f'  excluded {n}: {why}' for n, why in self.excluded.items()] + [f'  to get   {self.get}']*bool(self.missing or not self.ok))
 
+_known = {} # (what it depends on, hash of the files) -> what is wrong with a sample, or None
+
+def _stamp(path: Path): # as long as it stays the same, so does the file
+    try: stat = os.stat(path)
+    except OSError: return None
+    return stat.st_size, stat.st_mtime_ns
+
 def sift(
     samples: list, # with a `name` each
     test: Callable, # sample -> nothing, or an OSError or ValueError that says what is wrong
     desc: str, # for the progress bar
+    files: Callable | None=None, # sample -> its files: the verdict is remembered while they stay what they are
+    of: tuple=(), # what else the verdict depends on
     workers: int=8, # threads: most of the time is waiting for a disk
 ) -> tuple[list, dict[str, str]]: # (good ones in their order, name -> what is wrong with the others)
     "Samples that pass a test."
     def tried(sample):
+        key, why = files and (of, hash(tuple((str(p), _stamp(p)) for p in files(sample)))), None
+        if key in _known: return _known[key]
         try: test(sample)
-        except (OSError, ValueError) as e: return str(e)
+        except OSError as e: return str(e) # perhaps for a moment only
+        except ValueError as e: why = str(e)
+        if key: _known[key] = why
+        return why
     bar = progress(desc=desc, total=len(samples), unit='clip') if len(samples) > 500 else None
     good, broken = [], {}
     for sample, why in zip(samples, prefetch(tried, samples, workers)):
@@ -270,7 +299,10 @@ class OnDisk:
         if start < 0 or length < 1 or step < 1 or frames[-1] >= sample.frames:
             raise ValueError(f'frames {start} to {start + span(length, step) - 1} of clip {sample.name!r} do not exist: it has {sample.frames}')
         try: clip = self.read(sample, frames)
-        except BrokenFile as e: raise BrokenFile(f"{e}. It is found by check(root, how='decode') and left out by exclude=({sample.name!r},)") from None
+        except BrokenFile as e:
+            without = (*getattr(self.config, 'exclude', ()), sample.name)
+            raise BrokenFile(f"{e}. Clip {sample.name!r} of {self.name} cannot be read: exclude={without!r} leaves it out; check='decode' leaves out all that are like it, "
+                             "before anything is trained") from None
         meta = dict(name=f'{self.name}/{sample.name}', start=start, step=step)
         return replace(clip, meta={**clip.meta, **meta})
 
