@@ -164,10 +164,11 @@ def test_splits_share_no_clip(tmp_path):
 def test_code_fingerprint_sees_code_only(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     prints = []
-    for i, text in enumerate(('def f(x):\n    "Doc."\n    return x + 1\n', '# why\ndef f(x): return x + 1\n', 'def f(x): return x + 2\n')):
+    for i, text in enumerate(('def f(x):\n    "Doc."\n    return x + 1\n', '# why\ndef f(x): return x + 1\n', 'def f(x): return x + 2\n',
+                              'PRESETS = dict(a=1)\nPRESETS["b"] = 2\ndef f(x): return x + 1\n')):
         (tmp_path/f'generator_{i}.py').write_text(text)
         prints.append(code_fingerprint((f'generator_{i}',)))
-    assert prints[0] == prints[1] != prints[2]
+    assert prints[0] == prints[1] == prints[3] != prints[2]
 
 def test_importing_needs_no_mujoco():
     code = 'import sys, slotnb.data.scenes; assert not {"mujoco", "PIL", "matplotlib"} & set(sys.modules)'
