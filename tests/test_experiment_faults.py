@@ -27,7 +27,7 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT/'nbs/experiments/10_decomposition.ipynb'
 CELLS = [c for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == 'code']
-RECIPE, DATA, TRAINING, END = 'start_run(', 'whole = open_data(', 'train_one(savi', 'this.finish('
+RECIPE, DATA, TRAINING, END = 'start_run(', 'clips_of = material(', 'train_one(savi', 'this.finish('
 real = real_data_dir()
 needs_real = pytest.mark.skipif(not real.is_dir(), reason=f'the folder of real inputs is not there: {real}')
 slow = pytest.mark.slow
@@ -215,7 +215,7 @@ def test_clips_shorter_than_the_window(tmp_path, runs, capsys):
     x, ids = clips(6, 1)
     np.savez(tmp_path/'stills.npz', video=x, labels=ids)
     space = run_cells(DATA, runs_dir=runs, data=str(tmp_path/'stills.npz'))
-    assert space['length'] == 1 and 'stills.npz have 1 frames: windows of 1 instead of 6' in capsys.readouterr().out
+    assert space['train'][0].video.shape[0] == 1 and 'stills.npz have 1 frames: windows of that many instead of 6' in capsys.readouterr().out
     x, _ = clips(1, 4)
     write_film(tmp_path/'short.mp4', x[0])
     with refused(ValueError, "clip 'short.mp4' has 4 frames", 'window of 6 with step 1 needs 6'): open_data(tmp_path/'short.mp4', length=6)
