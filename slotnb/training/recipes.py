@@ -66,7 +66,7 @@ class Material:
     def __str__(self):
         objects = self.max_objects if self.max_objects is not None else 'an unknown number of'
         return (f'{self.name}: {len(self.train)} windows to train on, {len(self.held_out)} clips held out; {"synthetic, " if self.synthetic else ""}'
-                f'{"with" if self.has_masks else "without"} true masks, at most {objects} objects')
+                f'{"with" if self.has_masks else "without"} true masks, up to {objects} objects seen in a clip')
 
 def material(
     r: Recipe,
