@@ -35,6 +35,10 @@ PRESETS = dict(
 )
 # to predict: long enough to roll out, hardly any friction, and always seen from the same side, so that what is seen decides where the walls are
 PRESETS['tiny_long'] = PRESETS['tiny'].but(name='tiny_long', frames=24, speed=(1., 2.5), friction=.01, drag=.02, bounce=.3, camera_azimuth=(0., 0.))
+# the two benchmarks of prediction at a size that a CPU can afford
+_near = dict(size=32, stage=1.3, gap=.2, camera_distance=(7.2, 7.2), camera_elevation=(50., 55.), camera_azimuth=(0., 0.), fov=33., ground=(.86, .86, .86))
+PRESETS['tiny_obj3d'] = PRESETS['obj3d'].but(name='tiny_obj3d', resting=(1, 3), sizes=(.5, .62), speed=(3., 5.), walls=2.8, friction=.2, bounce=.3, **_near)
+PRESETS['tiny_clevrer'] = PRESETS['clevrer'].but(name='tiny_clevrer', resting=(1, 2), launched=(1, 2), launch_frames=(0, 15), sizes=(.45, .55), speed=(2., 3.5), outside=(3.5, 4.5), friction=.05, **_near)
 
 # %% ../../nbs/10_data/35_scenes.ipynb #58332ba9
 @functools.cache

@@ -50,7 +50,8 @@ _published = FitConfig(steps=160_000, batch_size=128, lr=2e-4, warmup=8000, fina
 _tiny, _large = RECIPES['laptop'].but(scenes='tiny_long', clips=1000, eval_clips=200), RECIPES['obj3d'].but(eval_clips=200)
 DYNAMICS_RECIPES = {
     'smoke': DynamicsRecipe(RECIPES['smoke'].but(scenes='tiny_long'), 'smoke', 3, 3, 6, fit=_small.but(steps=12, batch_size=8, warmup=4, log_every=4, checkpoint_every=12)),
-    'study': DynamicsRecipe(RECIPES['study'].but(scenes='tiny_long', clips=500, eval_clips=100), rollout=4, image=0., fit=_small.but(steps=900)),
+    'study': DynamicsRecipe(RECIPES['study'].but(scenes='tiny_obj3d', clips=400, eval_clips=100), rollout=4, horizon=44, image=0., fit=_small.but(steps=900)),
+    'study_clevrer': DynamicsRecipe(RECIPES['study'].but(scenes='tiny_clevrer', clips=250, eval_clips=100), rollout=4, horizon=42, step=2, settled=True, image=0., fit=_small.but(steps=900)),
     'laptop': DynamicsRecipe(_tiny.but(fit=_tiny.fit.but(steps=5000)), rollout=4, image=0., fit=_small.but(steps=2500)),
     'obj3d': DynamicsRecipe(_large, 'obj3d', horizon=44, fit=_published),
     'clevrer': DynamicsRecipe(_large.but(model='clevrer', scenes='clevrer', clips=5000, eval_clips=800, fit=_large.fit.but(steps=230_000, warmup=5750)), 'clevrer', horizon=42, step=2, settled=True,
@@ -58,7 +59,7 @@ DYNAMICS_RECIPES = {
 }
 
 def dynamics_recipe(
-    preset: str, # 'smoke' (seconds), 'study' (minutes), 'laptop' (15 minutes), 'obj3d' and 'clevrer' (64x64 as published, a GPU)
+    preset: str, # 'smoke' (seconds), 'study' and 'study_clevrer' (minutes), 'laptop' (15 minutes), 'obj3d' and 'clevrer' (64x64 as published, a GPU)
     steps: int=0, encoder_steps: int=0, # of training; 0: the preset's
     horizon: int=0, burn_in: int=0, # frames; 0: the preset's
 ) -> DynamicsRecipe:
