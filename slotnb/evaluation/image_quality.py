@@ -10,7 +10,6 @@ import functools, hashlib, importlib.util, math, sys, warnings
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, reduce
 
 from ..core import require
@@ -69,16 +68,20 @@ def ssim(
 ) -> torch.Tensor: # float64 (B, T), at most 1
     "Structural similarity per frame, mean over channels; equals scikit-image's with Gaussian weights."
     true, pred = _check_pair(true, pred)
-    B, _, _, H, W = true.shape
+    H, W = true.shape[-2:]
     if min(H, W) < 11: raise ValueError(f'SSIM needs frames of at least 11 x 11 (its window), got {H} x {W}')
     g = torch.exp(-0.5*(torch.arange(-5, 6, device=true.device, dtype=torch.float64)/1.5)**2)
     g = g/g.sum()
-    def blur(v): return F.conv2d(F.conv2d(v, g.reshape(1, 1, 11, 1)), g.reshape(1, 1, 1, 11))
-    x, y = (rearrange(v, 'b t c h w -> (b t c) 1 h w') for v in (true, pred))
-    mx, my = blur(x), blur(y)
-    vx, vy, vxy = blur(x*x) - mx**2, blur(y*y) - my**2, blur(x*y) - mx*my
+    def taps(n): # (n - 10, n), the window in every row: for frames of these sizes products of matrices are ten times as fast as a convolution in float64
+        m = g.new_zeros(n - 10, n)
+        m.as_strided((n - 10, 11), (n + 1, 1)).copy_(g.expand(n - 10, 11))
+        return m
+    down, across = taps(H), taps(W).T
+    def blur(v): return down @ v @ across
+    mx, my = blur(true), blur(pred)
+    vx, vy, vxy = blur(true**2) - mx**2, blur(pred**2) - my**2, blur(true*pred) - mx*my
     score = (2*mx*my + 1e-4)*(2*vxy + 9e-4)/((mx**2 + my**2 + 1e-4)*(vx + vy + 9e-4))
-    return reduce(score, '(b t c) 1 h w -> b t', 'mean', b=B, c=true.shape[2])
+    return reduce(score, 'b t c h w -> b t', 'mean')
 
 # %% ../../nbs/50_evaluation/20_image_quality.ipynb #4cb26043
 VGG_TRUNK = 'vgg16-397923af.pth' # torchvision's file name: the part after the dash begins its sha-256

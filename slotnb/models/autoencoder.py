@@ -130,7 +130,7 @@ def check_video(
     if not isinstance(video, Tensor) or video.ndim != 5 or video.shape[2] != 3:
         raise ValueError(f'video must be (B, T, 3, H, W), got {tuple(video.shape) if hasattr(video, "shape") else type(video).__name__}')
     if not video.is_floating_point(): raise ValueError(f'video must be floating point in [0, 1], got {video.dtype}: use slotnb.data.clips.to_float')
-    if video.shape[1] < 1: raise ValueError('video has no frame')
+    if 0 in video.shape[:2]: raise ValueError(f'video must have at least one clip and one frame, got {tuple(video.shape)}')
     if size is not None and tuple(video.shape[-2:]) != tuple(size):
         raise ValueError(f'the model takes frames of {tuple(size)}, got {tuple(video.shape[-2:])}: resize first, or use predict(video)')
     return video
