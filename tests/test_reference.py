@@ -50,21 +50,22 @@ def ablation():
 
 
 def test_the_ablation_is_whole_and_the_notebook_quotes_it():
-    "Eight seeds in every arm of plain slots, none dropped; each row of the notebook's table is what the runs give."
+    "Eight seeds in every arm, none dropped; each row of the notebook's table is what the runs give."
     paired = importlib.import_module('slotnb.evaluation.paired')
     runs, text = ablation(), (ROOT/'nbs'/'experiments'/'20_loss_ablation.ipynb').read_text()
-    arms = ['feature', 'spatial', 'both', 'index', 'sham', 'flip']
-    assert all(sorted(runs['sa', arm]) == list(range(8)) for arm in ('baseline', 'contrast', *arms))
-    of = lambda arm, key: {s: m[key] for s, m in runs['sa', arm].items()}
     signed = lambda x, n: f'{x:+.{n}f}'.replace('-', '−')
-    for family in (arms, ['contrast']):
+    for model, family in (('sa', ['feature', 'spatial', 'both', 'index', 'sham', 'flip']), ('sa', ['contrast']), ('isa_t', ['feature', 'both']), ('isa_ts', ['feature', 'both'])):
+        assert all(sorted(runs[model, arm]) == list(range(8)) for arm in ('baseline', *family))
+        of = lambda arm, key: {s: m[key] for s, m in runs[model, arm].items()}
         fg, mse = ({a: paired.paired(of(a, key), of('baseline', key)) for a in family} for key in ('fg_ari.decoder.clip', 'mse_pixel.decoder.frame'))
         p_fg, p_mse = (dict(zip(family, paired.holm([r.p for r in of_arm.values()]))) for of_arm in (fg, mse))
-        for a in family:
+        name = '' if model == 'sa' else f'`{model}`, '
+        for a in ('baseline', *family):
             v, w = of(a, 'fg_ari.decoder.clip').values(), of(a, 'mse_pixel.decoder.frame').values()
-            row = [f'`{a}`', f'{sum(v)/8:.3f}', f'{min(v):.2f} – {max(v):.2f}', f'{signed(fg[a].mean, 3)} ({signed(fg[a].low, 3)} to {signed(fg[a].high, 3)})', f'{fg[a].p:.3f}', f'{p_fg[a]:.3f}',
-                   f'{sum(w)/8:.4f}', signed(mse[a].mean, 4), f'{p_mse[a]:.3f}']
+            row = [f'{name}`{a}`', f'{sum(v)/8:.3f}', f'{min(v):.2f} – {max(v):.2f}']
+            if a == 'baseline': row += ['', '', '', f'{sum(w)/8:.4f}', '', '']
+            else: row += [f'{signed(fg[a].mean, 3)} ({signed(fg[a].low, 3)} to {signed(fg[a].high, 3)})', f'{fg[a].p:.3f}', f'{p_fg[a]:.3f}', f'{sum(w)/8:.4f}', signed(mse[a].mean, 4), f'{p_mse[a]:.3f}']
             assert '| ' + ' | '.join(row) + ' |' in text, row
-            if a == 'feature': said = f"{sum(of('baseline', 'fg_ari.decoder.clip').values())/8:.3f} to {sum(v)/8:.3f} (p = {p_fg[a]:.2f}", f'(p = {p_mse[a]:.3f})'
+            if (model, a) == ('sa', 'feature'): said = f"{sum(of('baseline', 'fg_ari.decoder.clip').values())/8:.3f} to {sum(v)/8:.3f} (p = {p_fg[a]:.2f}", f'(p = {p_mse[a]:.3f})'
     readme = (ROOT/'README.md').read_text()
     assert all(s in readme for s in said), said
