@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core import Config, one_of, require, stream
+from .texture import TEXTURES, Texture, draw_texture
 
 # %% ../../nbs/10_data/30_physics.ipynb #e3a667d1
 SHAPES = ('sphere', 'box', 'cylinder')
@@ -59,6 +60,8 @@ class SceneConfig(Config):
     light_azimuth: tuple = (-60., -20.) # against the camera's direction
     light_elevation: tuple = (45., 60.)
     ground: tuple = (.62, .62, .62) # sRGB
+    textures: tuple = ()           # patterns of objects and ground, of TEXTURES; () = every object has one colour
+    texture_cells: tuple = (2., 4.) # cells of a pattern per metre; half as many on the ground
     samples: int = 4               # rays per pixel on edges: 1 (no anti-aliasing), 4
 
     def __post_init__(self):
@@ -66,7 +69,7 @@ class SceneConfig(Config):
         one_of('SceneConfig.kind', self.kind, ('physics', 'tetrominoes'))
         one_of('SceneConfig.launch_from', self.launch_from, ('edge', 'stage', 'outside'))
         one_of('SceneConfig.samples', self.samples, (1, 4))
-        for key in ('resting', 'launched', 'launch_frames', 'speed', 'outside', 'camera_distance', 'camera_elevation', 'camera_azimuth', 'light_azimuth', 'light_elevation'):
+        for key in ('resting', 'launched', 'launch_frames', 'speed', 'outside', 'camera_distance', 'camera_elevation', 'camera_azimuth', 'light_azimuth', 'light_elevation', 'texture_cells'):
             pair = getattr(self, key)
             if len(pair) != 2 or pair[0] > pair[1]: raise ValueError(f'SceneConfig.{key} must be a range (least, most), got {pair}')
         if min(self.resting[0], self.launched[0]) < 0 or not 1 <= self.max_objects <= 31:
@@ -74,6 +77,9 @@ class SceneConfig(Config):
         for s in (*self.shapes, *self.launch_shapes): one_of('shape', s, SHAPES)
         for m in self.materials: one_of('material', m, MATERIALS)
         for c in self.colours: one_of('colour', c, COLOURS if self.kind == 'physics' else FLAT_COLOURS)
+        for t in self.textures: one_of('texture', t, TEXTURES)
+        if self.texture_cells[0] <= 0: raise ValueError(f'SceneConfig.texture_cells must be above 0, got {self.texture_cells}')
+        if self.textures and (self.kind != 'physics' or len(set(self.colours)) < 2): raise ValueError(f"textures need scenes of kind 'physics' and two colours at least, got kind {self.kind!r} and colours {self.colours}")
         if self.size < 8 or self.frames < 1: raise ValueError(f'a scene needs size >= 8 and frames >= 1, got {self.size} and {self.frames}')
 
     @property
@@ -101,10 +107,11 @@ class Trajectory:
     material: Tensor # (N,) int64 index into MATERIALS, -1 = absent
     camera: Camera
     light: Tensor # (3,) unit vector towards the light
+    texture: Texture | None = None # of the ground and the objects, where they have one
 
     def to(self, device): # the same on another device
         "A copy on `device`."
-        move = lambda v: Camera(*(x.to(device) for x in v)) if isinstance(v, Camera) else v.to(device)
+        move = lambda v: v if v is None else type(v)(*(x.to(device) for x in v)) if isinstance(v, tuple) else v.to(device)
         return Trajectory(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
 # %% ../../nbs/10_data/30_physics.ipynb #3fca9d57
@@ -263,6 +270,8 @@ def simulate(
     rotation[:, n:, 0] = 1
     spin = (rotation_matrix(rotation)*spin[..., None, :]).sum(-1) # from the objects' axes to the world's
     codes = [padded(np.array([o[k] for o in objects]), -1, torch.int64) for k in ('shape', 'colour', 'material')]
+    palette = [list(COLOURS).index(c) for c in config.colours] # textures have a random stream of their own: without them the same scene is the same
+    texture = draw_texture(np.random.default_rng(stream(seed, 'texture', index)), config.textures, codes[1].tolist(), palette, config.texture_cells) if config.textures else None
     return Trajectory(position, rotation, velocity, spin, padded(touched, 0, torch.bool, (1, 2)), torch.arange(N) < n, codes[0],
         padded(np.array([o['half'] for o in objects])), *codes[1:], look_at(distance, elevation, azimuth, config.fov),
-        torch.tensor([math.cos(e)*math.sin(a), -math.cos(e)*math.cos(a), math.sin(e)], dtype=torch.float32))
+        torch.tensor([math.cos(e)*math.sin(a), -math.cos(e)*math.cos(a), math.sin(e)], dtype=torch.float32), texture)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HITS', 'SUBPIXELS', 'dot', 'take', 'pixel_rays', 'hit_sphere', 'hit_box', 'hit_cylinder', 'local_normal', 'Stage',
            'stage', 'screen_range', 'screen_boxes', 'candidates', 'to_local', 'to_world', 'meet', 'nearest', 'in_light',
-           'shade', 'Ground', 'ground', 'Traced', 'trace', 'edges', 'finer', 'Painter', 'render']
+           'shade', 'Ground', 'ground', 'albedo_of', 'Traced', 'trace', 'edges', 'finer', 'Painter', 'render']
 
 # %% ../../nbs/10_data/32_raycast.ipynb #c4f0d04e
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .physics import COLOURS, Camera, SceneConfig, Trajectory, rotation_matrix
+from .texture import Texture, second_share
 
 # %% ../../nbs/10_data/32_raycast.ipynb #2004fe5e
 def dot(a: Tensor, b: Tensor) -> Tensor: # (3, P), (3, P) -> (P,)
@@ -98,6 +99,7 @@ class Stage:
     label: Tensor # (M,) 1 ... N
     albedo: Tensor # (3, M) linear
     metal: Tensor # (M,) 0. or 1.
+    pattern: tuple | None = None # of textured objects: kind (M,), second albedo (3, M), cells per metre (M,), offset (3, M)
 
 def stage(
     trajectory: Trajectory,
@@ -107,9 +109,11 @@ def stage(
     "Some frames of a trajectory, ready to be painted."
     s, n, f, device = trajectory, len(trajectory.shape), stop - start, trajectory.position.device
     srgb = torch.tensor([*COLOURS.values(), (0, 0, 0)], dtype=torch.float32, device=device)*(1/255)
+    x = s.texture
+    pattern = x and (x.kind[1:].repeat(f), (srgb*srgb)[x.colour[1:]].T.repeat(1, f), x.cells[1:].repeat(f), x.offset[1:].T.repeat(1, f))
     return Stage(s.position[start:stop].reshape(-1, 3).T.contiguous(), rotation_matrix(s.rotation[start:stop]).reshape(-1, 9).T.contiguous(),
                  s.half.T.repeat(1, f), s.shape.repeat(f), torch.arange(f, device=device).repeat_interleave(n),
-                 torch.arange(1, n + 1, device=device).repeat(f), (srgb*srgb)[s.colour].T.repeat(1, f), (s.material == 1).float().repeat(f))
+                 torch.arange(1, n + 1, device=device).repeat(f), (srgb*srgb)[s.colour].T.repeat(1, f), (s.material == 1).float().repeat(f), pattern)
 
 # %% ../../nbs/10_data/32_raycast.ipynb #389691b8
 def screen_range(
@@ -258,11 +262,16 @@ def ground(
     d: Tensor, # (3, R) directions
     light: Tensor, # (3,)
     srgb: tuple, # colour, 0 to 1
+    texture: Texture | None=None, # its row 0
 ) -> Ground:
     "The plane z = 0, a little brighter below the lamp, and a pale sky above the horizon."
     t = torch.where(d[2] < -1e-4, camera.position[2]/(-d[2]).clamp_min(1e-4), torch.inf)
     p = camera.position[:, None] + t.clamp_max(1e4)*d
     albedo = torch.tensor(srgb, dtype=torch.float32, device=d.device)[:, None].expand_as(d)
+    if texture: # the second colour is halfway between the ground's own and one of the palette: objects stay what strikes the eye
+        palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=d.device)*(1/255)
+        share = second_share(texture.kind[0].expand_as(t), p*texture.cells[0] + texture.offset[0][:, None])
+        albedo = albedo + share*.5*(palette[texture.colour[0]][:, None] - albedo)
     up, zero, one = torch.zeros_like(d), torch.zeros_like(t), torch.ones_like(t)
     up[2] = 1
     x, y = p[0] - 2*light[0], p[1] - 2*light[1]
@@ -271,6 +280,17 @@ def ground(
     return Ground(t, paint(one), paint(zero))
 
 # %% ../../nbs/10_data/32_raycast.ipynb #9f20fa32
+def albedo_of(
+    s: Stage,
+    m: Tensor, # (P,) objects
+    local: Tensor, # (3, P) points on them, in their own axes
+) -> Tensor: # (3, P) linear
+    "The colour of surface points."
+    first = take(s.albedo, m)
+    if s.pattern is None: return first
+    kind, second, cells, offset = (take(v, m) for v in s.pattern)
+    return first + second_share(kind, local*cells + offset)*(second - first)
+
 class Traced(NamedTuple):
     "What rays found."
     depth: Tensor # (R,) distance along the ray, inf = nothing
@@ -296,8 +316,9 @@ def trace(
     seen = (owner >= 0).nonzero()[:, 0]
     m = take(owner, seen)
     axes = take(s.axes, m)
-    n, piece, flat = local_normal(to_local(take(points, seen) - take(s.position, m), axes), take(s.half, m), take(s.shape, m))
-    colour[:, seen] = shade(to_world(n, axes), take(d, seen), take(s.albedo, m), take(s.metal, m), torch.where(flat, .33, 1.), light, take(lit, seen).float())
+    local = to_local(take(points, seen) - take(s.position, m), axes)
+    n, piece, flat = local_normal(local, take(s.half, m), take(s.shape, m))
+    colour[:, seen] = shade(to_world(n, axes), take(d, seen), albedo_of(s, m, local), take(s.metal, m), torch.where(flat, .33, 1.), light, take(lit, seen).float())
     face[seen] += 2*(piece + 1)
     return Traced(depth, owner, face, colour, full)
 
@@ -332,9 +353,9 @@ class Painter:
         self.tr, self.size, self.samples = trajectory, config.size, config.samples
         cam, light = trajectory.camera, trajectory.light
         self.d = pixel_rays(cam, self.size)
-        self.floor = ground(cam, self.d, light, config.ground)
+        self.floor = ground(cam, self.d, light, config.ground, trajectory.texture)
         self.sub_d = torch.stack([pixel_rays(cam, self.size, o) for o in SUBPIXELS], -1).flatten(1) # (3, pixels*4)
-        self.sub_floor = ground(cam, self.sub_d, light, config.ground)
+        self.sub_floor = ground(cam, self.sub_d, light, config.ground, trajectory.texture)
         self.forward = dot(self.d, cam.rotation[2][:, None].expand_as(self.d))
 
     def pairs(self, s: Stage) -> tuple[list, list]:
@@ -354,7 +375,9 @@ class Painter:
                     pixels=torch.bincount(hit.owner + 1, minlength=len(s.shape) + 1)[1:].reshape(f, -1).int())
 
     def _refine(self, s, hit, label, views, shadows):
-        edge = edges((label*8 + hit.face).reshape(-1, self.size, self.size)).flatten().nonzero()[:, 0]
+        edge = edges((label*8 + hit.face).reshape(-1, self.size, self.size)).flatten()
+        if s.pattern: edge = torch.ones_like(edge) # a pattern has edges everywhere
+        edge = edge.nonzero()[:, 0]
         rank = torch.full_like(label, -1)
         rank[edge] = torch.arange(len(edge), device=edge.device)
         at = ((edge % self.size**2)[:, None]*4 + torch.arange(4, device=edge.device)).flatten()

@@ -19,6 +19,7 @@ from .clips import Clip
 from .physics import FLAT_COLOURS, SHAPES, Camera, SceneConfig, Trajectory, project, simulate
 from .raycast import render
 from .shards import ShardedClips, write_shards
+from .texture import TEXTURES
 
 # %% ../../nbs/10_data/35_scenes.ipynb #6b2d3b1c
 _all_ = ['SceneConfig', 'Trajectory', 'Camera', 'simulate', 'render', 'project'] # from the two notebooks before, so that one import is enough
@@ -39,6 +40,8 @@ PRESETS['tiny_long'] = PRESETS['tiny'].but(name='tiny_long', frames=24, speed=(1
 _near = dict(size=32, stage=1.3, gap=.2, camera_distance=(7.2, 7.2), camera_elevation=(50., 55.), camera_azimuth=(0., 0.), fov=33., ground=(.86, .86, .86))
 PRESETS['tiny_obj3d'] = PRESETS['obj3d'].but(name='tiny_obj3d', resting=(1, 3), sizes=(.5, .62), speed=(3., 5.), walls=2.8, friction=.2, bounce=.3, **_near)
 PRESETS['tiny_clevrer'] = PRESETS['clevrer'].but(name='tiny_clevrer', resting=(1, 2), launched=(1, 2), launch_frames=(0, 15), sizes=(.45, .55), speed=(2., 3.5), outside=(3.5, 4.5), friction=.05, **_near)
+# nothing can be found by its colour: patterns on all objects and the ground
+PRESETS['tiny_textured'] = PRESETS['tiny'].but(name='tiny_textured', textures=TEXTURES)
 
 # %% ../../nbs/10_data/35_scenes.ipynb #58332ba9
 @functools.cache
@@ -100,6 +103,7 @@ def make_clip(
     truth |= dict(pixels=out['pixels'], visibility=out['pixels']/out['full'].clamp_min(1), depth=out['depth'].clamp_max(1e4).half())
     truth |= {k: each(getattr(tr, k)) for k in ('present', 'shape', 'half', 'colour', 'material', 'light')}
     truth |= {f'camera_{k}': each(v) for k, v in tr.camera._asdict().items()}
+    if tr.texture: truth |= {k: each(torch.where(tr.present, v[1:], -1)) for k, v in (('texture', tr.texture.kind), ('second_colour', tr.texture.colour))}
     return Clip(out['video'], out['labels'], truth, dict(name=f'{config.name}/{seed}/{index}', fps=config.fps, source='slotnb.data.scenes'))
 
 def camera(
@@ -116,7 +120,7 @@ CLIPS = dict(train=2000, val=200, test=200) # how many there are unless said oth
 
 @functools.cache
 def code_fingerprint(
-    modules: tuple=('slotnb.data.physics', 'slotnb.data.raycast', 'slotnb.data.scenes'), # whose code decides the clips
+    modules: tuple=('slotnb.data.texture', 'slotnb.data.physics', 'slotnb.data.raycast', 'slotnb.data.scenes'), # whose code decides the clips
 ) -> str:
     "A hash of modules' code, blind to comments, docstrings, layout, and presets: a clip's own settings are kept beside it."
     preset = lambda b: isinstance(b, ast.Assign) and ast.unparse(b.targets[0]).partition('[')[0] == 'PRESETS'

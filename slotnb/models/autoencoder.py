@@ -110,13 +110,17 @@ class AutoEncoder(Pretrained, nn.Module):
         self.init = SlotInit(c.slots, c.dim, c.init, c.invariance, c.pose_init)
         self.corrector = SlotAttention(c.dim, self.encoder.dim, c.mlp or None, c.iterations, c.invariance, c.eps, c.eps_in, c.ln_eps, c.gru,
                                        c.mlp_last, c.implicit, c.grid_hidden, c.delta or None)
-        where = c.up_position or ('relative' if c.invariance else c.position)
-        self.decoder = BroadcastDecoder(c.dim, c.size, c.start, c.up_channels, c.up_strides, c.up_kernels, c.out_kernel, where,
-                                        self.corrector.delta, c.shuffle, c.phases)
+        self.decoder = self.make_decoder()
         if c.weights == 'glorot':
             glorot_(self)
             if c.invariance: lecun_(self.corrector.relative.grid_proj)
-            if where == 'relative': lecun_(self.decoder.position)
+            if isinstance(getattr(self.decoder, 'position', None), nn.Linear): lecun_(self.decoder.position)
+
+    def make_decoder(self) -> nn.Module | None: # `None`: a subclass brings its own, initialised in its own way
+        "What paints the slots."
+        c = self.config
+        where = c.up_position or ('relative' if c.invariance else c.position)
+        return BroadcastDecoder(c.dim, c.size, c.start, c.up_channels, c.up_strides, c.up_kernels, c.out_kernel, where, self.corrector.delta, c.shuffle, c.phases)
 
     @property
     def device(self) -> torch.device: return next(self.parameters()).device
@@ -155,7 +159,16 @@ def _decode(self,
     recon, masks, rgb = (rearrange(v, '(b t) ... -> b t ...', b=b) for v in out)
     return (recon, masks, rgb) if self.config.pixels == '01' else ((recon + 1)/2, masks, (rgb + 1)/2)
 
-AutoEncoder.tokens, AutoEncoder.decode = _tokens, _decode
+def _paint(self,
+    slots: SlotState, # (B, T, K, ...)
+    video: Tensor, # (B, T, 3, H, W) they were found in, for a decoder that is taught by it
+    generator: torch.Generator | None=None, # for whatever such a decoder draws
+) -> tuple[Tensor, Tensor, dict]: # recon, decoder masks and extras of the record
+    "What a record says of the decoder."
+    recon, masks, rgb = self.decode(slots)
+    return recon, masks, {'slot_rgb': rgb}
+
+AutoEncoder.tokens, AutoEncoder.decode, AutoEncoder.paint = _tokens, _decode, _paint
 
 # %% ../../nbs/30_models/10_autoencoder.ipynb #7eeadbd3
 def _forward(self,
@@ -170,8 +183,8 @@ def _forward(self,
     prepared, (h, w), g = self.tokens(rearrange(video, 'b t c h w -> (b t) c h w'))
     slots, attention = self.corrector(prepared, self.init(b*t, generator, condition), g)
     slots = slots.map(lambda v: rearrange(v, '(b t) ... -> b t ...', b=b))
-    recon, masks, rgb = self.decode(slots)
-    return Record(slots, recon, masks, rearrange(attention, '(b t) k (h w) -> b t k h w', b=b, h=h), None, {'slot_rgb': rgb})
+    recon, masks, extras = self.paint(slots, video, generator)
+    return Record(slots, recon, masks, rearrange(attention, '(b t) k (h w) -> b t k h w', b=b, h=h), None, extras)
 
 AutoEncoder.forward = _forward
 

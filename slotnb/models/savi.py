@@ -133,8 +133,8 @@ def _forward(self,
     # time first: each frame of the batch is then one run of memory, and the split below has a cheap gradient
     prepared, (h, w), g = self.tokens(rearrange(video, 'b t c h w -> (t b) c h w'))
     slots, attention, state, extras = self._frames(prepared, g, b, state, generator, condition)
-    recon, masks, rgb = self.decode(slots)
-    return Record(slots, recon, masks, rearrange(attention, 'b t k (h w) -> b t k h w', h=h), state, {'slot_rgb': rgb, **extras})
+    recon, masks, painted = self.paint(slots, video, generator)
+    return Record(slots, recon, masks, rearrange(attention, 'b t k (h w) -> b t k h w', h=h), state, {**painted, **extras})
 
 def _step(self,
     frame: Tensor, # (B, 3, H, W) in [0, 1]

@@ -14,7 +14,7 @@ from ..data.clips import Subset, Windows
 from ..data.open import open_data
 from ..data.scenes import PRESETS as SCENES
 from .fit import FitConfig
-from .losses import KLD, Losses, Reconstruction
+from .losses import KLD, Losses, Reconstruction, TokenLoss
 
 # %% ../../nbs/40_training/50_recipes.ipynb #1189e8ee
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def loss_of(
     config: Config, # of the model
 ) -> Losses:
     "What a model of this config is trained with, before anything is added."
-    recon = Reconstruction(unit='pm1' if config.pixels == 'pm1' else '01')
+    recon = TokenLoss() if hasattr(config, 'vocabulary') else Reconstruction(unit='pm1' if config.pixels == 'pm1' else '01')
     return Losses((recon, KLD()) if getattr(config, 'stochastic', False) else (recon,))
 
 # %% ../../nbs/40_training/50_recipes.ipynb #bb7c5b7a
