@@ -69,3 +69,44 @@ def test_the_ablation_is_whole_and_the_notebook_quotes_it():
             if (model, a) == ('sa', 'feature'): said = f"{sum(of('baseline', 'fg_ari.decoder.clip').values())/8:.3f} to {sum(v)/8:.3f} (p = {p_fg[a]:.2f}", f'(p = {p_mse[a]:.3f})'
     readme = (ROOT/'README.md').read_text()
     assert all(s in readme for s in said), said
+
+
+def futures(preset):
+    "(model, dynamics) -> seed -> metrics, of the runs of a preset."
+    found = {}
+    for path in sorted((ROOT/'runs'/'reference'/'60_dynamics').glob(f'{preset}-*/run.json')):
+        info = json.loads(path.read_text())
+        assert (info['status'], info['dirty'], info['parameters']['preset'], info['parameters']['arm']) == ('done', False, preset, 'baseline')
+        found.setdefault((info['parameters']['model'], info['parameters']['dynamics']), {})[info['parameters']['seed']] = json.loads((path.parent/'metrics.json').read_text())
+    return found
+
+
+FUTURE_COLUMNS = (('mse_pixel', 'frame', 4), ('mse_pixel', 'at10', 4), ('psnr', 'frame', 2), ('fg_ari', 'frame', 3), ('position_px', 'at10', 2))
+
+
+def future_rows(preset):
+    "The rows of the notebook's table, from the runs: mean over seeds, and from the lowest to the highest."
+    runs, rows = futures(preset), []
+    def row(words, seeds, source, only=None):
+        cells = []
+        for metric, scope, digits in FUTURE_COLUMNS:
+            values = [m[k] for m in seeds.values() if (k := f'{metric}.{(only or {}).get(metric, source)}.{scope}') in m]
+            spread = f' ({min(values):.{digits}f} – {max(values):.{digits}f})' if values and f'{min(values):.{digits}f}' != f'{max(values):.{digits}f}' else ''
+            cells.append(f'{statistics.mean(values):.{digits}f}{spread}' if values else '')
+        rows.append('| ' + ' | '.join([*words, *cells]) + ' |')
+    for (model, dynamics), seeds in sorted(runs.items(), key=lambda kv: (kv[0][0] != 'sa', kv[0])): row((f'`{model}`', f'`{dynamics}`'), seeds, 'rollout')
+    for model in sorted({m for m, _ in runs}, key=lambda m: (m != 'sa', m)): row((f'`{model}`', 'true slots decoded'), runs[model, 'slotformer'], 'decoder')
+    first = runs['sa', 'slotformer']
+    row(('', 'copy of the last frame, objects stay'), first, 'copy_last', {'position_px': 'stay'})
+    row(('', 'constant velocity, from the true past'), {s: {k: v for k, v in m.items() if k.startswith('position')} for s, m in first.items()}, 'constant_velocity_last')
+    return rows
+
+
+def test_the_futures_are_whole_and_the_notebook_quotes_them():
+    "Three seeds in every cell, none dropped; each row of the tables is what the runs give; ten frames ahead the laptop's rollout beats copying and constant velocity in every seed."
+    text = (ROOT/'nbs'/'experiments'/'60_dynamics.ipynb').read_text()
+    for preset in ('laptop', 'study', 'study_clevrer'):
+        assert all(sorted(seeds) == [0, 1, 2] for seeds in futures(preset).values()), preset
+        for row in future_rows(preset): assert row in text, row
+    for m in futures('laptop')['sa', 'slotformer'].values():
+        assert m['mse_pixel.rollout.at10'] < m['mse_pixel.copy_last.at10'] and m['position_px.rollout.at10'] < m['position_px.constant_velocity_last.at10']
