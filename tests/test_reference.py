@@ -110,3 +110,20 @@ def test_the_futures_are_whole_and_the_notebook_quotes_them():
         for row in future_rows(preset): assert row in text, row
     for m in futures('laptop')['sa', 'slotformer'].values():
         assert m['mse_pixel.rollout.at10'] < m['mse_pixel.copy_last.at10'] and m['position_px.rollout.at10'] < m['position_px.constant_velocity_last.at10']
+
+
+def kept(folder): return json.loads((ROOT/'runs'/'reference'/folder/'metrics.json').read_text()), json.loads((ROOT/'runs'/'reference'/folder/'run.json').read_text())
+
+
+def test_grayscale_embeddings_and_rotation_quote_their_runs():
+    notebook = lambda name: (ROOT/'nbs'/'experiments'/name).read_text()
+    cells = [kept(f'40_grayscale/study-sa-seed{s}') for s in (0, 1, 2)]
+    assert all(info['status'] == 'done' and not info['dirty'] and info['parameters']['seed'] == s for s, (_, info) in enumerate(cells))
+    mean = lambda a, b: (lambda v: f'{statistics.mean(v):.3f} ({min(v):.2f} – {max(v):.2f})')([m[f'fg_ari.decoder_{a}_on_{b}.clip'] for m, _ in cells])
+    for a in ('colour', 'gray'): assert f"| {a} | {mean(a, 'colour')} | {mean(a, 'gray')} |" in notebook('40_grayscale.ipynb')
+    assert all(m['fg_ari.decoder_colour_on_colour.clip'] == max(v for k, v in m.items() if k.startswith('fg_ari.decoder_') and k.endswith('.clip')) for m, _ in cells)
+    maps = [kept(f'30_embeddings/study-{model}-seed0')[0] for model in ('sa', 'isa_tsr')]
+    for key in ('purity.slots.clip', 'fg_purity.slots.clip', 'fg_purity.slots.colour', 'fg_purity.cnn.clip', 'fg_purity.cnn.colour'):
+        assert ' | '.join(f"{m[key]:.2f} ({m[f'{key}.chance']:.2f})" for m in maps) in notebook('30_embeddings.ipynb'), key
+    turned = kept('35_rotation/study')[0]
+    for key in [f'frame_jump.{shape}.{scene}' for shape in ('sphere', 'box') for scene in ('tiny', 'obj3d', 'clevrer')] + ['frame_jump.round.all']: assert f'{turned[key]:.1%}' in notebook('35_rotation.ipynb'), key
