@@ -127,3 +127,13 @@ def test_grayscale_embeddings_and_rotation_quote_their_runs():
         assert ' | '.join(f"{m[key]:.2f} ({m[f'{key}.chance']:.2f})" for m in maps) in notebook('30_embeddings.ipynb'), key
     turned = kept('35_rotation/study')[0]
     for key in [f'frame_jump.{shape}.{scene}' for shape in ('sphere', 'box') for scene in ('tiny', 'obj3d', 'clevrer')] + ['frame_jump.round.all']: assert f'{turned[key]:.1%}' in notebook('35_rotation.ipynb'), key
+
+
+def test_the_readme_quotes_the_futures():
+    text = re.sub(r'\s+', ' ', (ROOT/'README.md').read_text())
+    mean = lambda preset, cell, key: statistics.mean(m[key] for m in futures(preset)[cell].values())
+    first, content, pose = ('sa', 'slotformer'), ('isa_ts', 'slotformer'), ('isa_ts', 'pose')
+    assert f"{mean('laptop', first, 'mse_pixel.rollout.at10'):.3f} against {mean('laptop', first, 'mse_pixel.copy_last.at10'):.3f} for a copied frame" in text
+    assert f"{mean('laptop', first, 'position_px.rollout.at10'):.1f} pixels off against {mean('laptop', first, 'position_px.constant_velocity_last.at10'):.1f}" in text
+    assert f"PSNR {mean('study', pose, 'psnr.rollout.frame'):.1f} against {mean('study', content, 'psnr.rollout.frame'):.1f} dB" in text
+    assert f"it does not ({mean('study_clevrer', pose, 'psnr.rollout.frame'):.1f} against {mean('study_clevrer', content, 'psnr.rollout.frame'):.1f})" in text
