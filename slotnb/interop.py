@@ -381,7 +381,8 @@ def load_convs5(
     return model.eval()
 
 # %% ../nbs/70_interop.ipynb #134c2b84
-from .models.psb import PSB, PSBConfig, octaves
+from .models.binder import octaves
+from .models.psb import PSB, PSBConfig
 
 # %% ../nbs/70_interop.ipynb #04e04053
 def _psb_places(blocks: int) -> dict[str, tuple]:

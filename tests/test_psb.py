@@ -15,7 +15,8 @@ from slotnb.core import generator
 from slotnb.interop import load_psb
 from slotnb.layers.competition import visible
 from slotnb.layers.slot_attention import SlotState
-from slotnb.models.psb import PRESETS, PSB, Binder, Block, PSBConfig, TimeBias, preset
+from slotnb.models.binder import Binder, Block, TimeBias
+from slotnb.models.psb import PRESETS, PSB, PSBConfig, preset
 from slotnb.models.savi import PRESETS as SAVI, SAVi
 
 FIXTURES = Path(__file__).resolve().parent/'fixtures'/'psb.json'
