@@ -129,17 +129,21 @@ class PSB(AutoEncoder):
         if c.position: self.encoder.position = position_of(c.channels[-1], c.position)
         self.init = SlotInit(c.slots, c.dim, c.init)
         if c.init == 'learned': nn.init.trunc_normal_(self.init.mean)
-        where = c.up_position or c.position
-        if c.decoder == 'mixture': self.decoder = MixtureDecoder(c.dim, c.size, c.start, c.up_channels, c.up_strides, c.up_kernels, where, c.phases)
-        else:
-            self.decoder = BroadcastDecoder(c.dim, c.size, c.start, c.up_channels, c.up_strides, c.up_kernels, c.out_kernel, 'borders', 1., c.shuffle, c.phases)
-            self.decoder.position = position_of(c.dim, where)
+        self.decoder = self.make_decoder()
         if c.weights == 'glorot': glorot_(self)
         elif c.weights == 'published': self._published()
         self.binder = Binder(c.dim, self.encoder.dim, c.blocks, c.heads, c.heads_bu, c.causal, c.history, c.eps, c.max_distance, c.dead_bias, c.form, c.chunk, c.max_frames)
         if c.pixels == 'imagenet':
             self.register_buffer('pixel_mean', torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
             self.register_buffer('pixel_std', torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def make_decoder(self) -> nn.Module | None: # `None`: a subclass brings its own
+        "What paints the slots."
+        c, where = self.config, self.config.up_position or self.config.position
+        if c.decoder == 'mixture': return MixtureDecoder(c.dim, c.size, c.start, c.up_channels, c.up_strides, c.up_kernels, where, c.phases)
+        decoder = BroadcastDecoder(c.dim, c.size, c.start, c.up_channels, c.up_strides, c.up_kernels, c.out_kernel, 'borders', 1., c.shuffle, c.phases)
+        decoder.position = position_of(c.dim, where)
+        return decoder
 
     def _published(self):
         "Front end as in the published code: Kaiming before a ReLU, Xavier elsewhere, biases zero."
@@ -175,10 +179,20 @@ def _decode(self,
         recon = (masks.unsqueeze(3)*rgb).sum(2)
     return (recon, masks, rgb) if self.config.pixels != 'pm1' else ((recon + 1)/2, masks, (rgb + 1)/2)
 
-PSB.tokens, PSB.decode = _tokens, _decode
+def _paint(self,
+    slots: SlotState, # (B, T, N, ...)
+    video: Tensor, # (B, T, 3, H, W) they were found in, for a decoder that is taught by it
+    generator: torch.Generator | None=None, # for whatever such a decoder draws
+    alive: Tensor | None=None, # (B, N) bool
+) -> tuple[Tensor, Tensor, dict]: # recon, decoder masks and extras of the record
+    "What a record says of the decoder."
+    recon, masks, rgb = self.decode(slots, alive)
+    return recon, masks, {'slot_rgb': rgb}
+
+PSB.tokens, PSB.decode, PSB.paint = _tokens, _decode, _paint
 
 # %% ../../nbs/30_models/60_psb.ipynb #9b4af6e7
-def _forward(self,
+def _bind(self,
     video: Tensor, # (B, T, 3, H, W) in [0, 1]
     state: PSBState | None=None, # of the frames before, `None` at the beginning of a clip
     generator: torch.Generator | None=None, # for slots that are drawn
@@ -186,16 +200,27 @@ def _forward(self,
     *,
     slots: Tensor | None=None, # initial slots of one's own, (N, D) or (B, N, D): any number of them
     alive: Tensor | None=None, # (B, N) bool, False for slots that take no part
-) -> Record: # `record.state` continues the clip
-    "Decompose a clip, or the next piece of one."
+) -> tuple[SlotState, Tensor, PSBState]: # slots (B, T, N, ...), shares of the tokens (B, T, N, h, w), and what continues the clip
+    "The slots of a clip without painting them."
     b = len(check_video(video, self.config.size))
     if state is not None and not (condition is None and slots is None and alive is None):
         raise ValueError('condition, slots and alive describe the beginning of a clip: give them without a state')
     tokens, (h, w) = self.tokens(video.flatten(0, 1))
     if state is None and slots is None: slots = self.init(b, generator, condition).content
     content, shares, state = self.binder(slots, rearrange(tokens, '(b t) l d -> b t l d', b=b), state=state, alive=alive)
-    recon, masks, rgb = self.decode(SlotState(content), state.alive)
-    return Record(SlotState(content), recon, masks, rearrange(shares, 'b t n (h w) -> b t n h w', h=h), state, {'slot_rgb': rgb})
+    return SlotState(content), rearrange(shares, 'b t n (h w) -> b t n h w', h=h), state
+
+def _forward(self,
+    video: Tensor, # these as in `bind`
+    state: PSBState | None=None,
+    generator: torch.Generator | None=None,
+    condition: Tensor | None=None,
+    **start, # slots, alive
+) -> Record: # `record.state` continues the clip
+    "Decompose a clip, or the next piece of one."
+    slots, shares, state = self.bind(video, state, generator, condition, **start)
+    recon, masks, extras = self.paint(slots, video, generator, *(() if state.alive is None else (state.alive,)))
+    return Record(slots, recon, masks, shares, state, extras)
 
 def _step(self,
     frame: Tensor, # (B, 3, H, W) in [0, 1]
@@ -206,7 +231,7 @@ def _step(self,
     "One frame at a time, for a camera or a robot."
     return self(frame.unsqueeze(1), state, generator, **kwargs)
 
-PSB.forward, PSB.step = _forward, _step
+PSB.bind, PSB.forward, PSB.step = _bind, _forward, _step
 
 # %% ../../nbs/30_models/60_psb.ipynb #f6f331d7
 @torch.no_grad()
@@ -248,8 +273,8 @@ def _sliding(self,
         slots, shares, _ = self.binder(start, tokens[:, end - window:end])
         parts.append((slots[:, -1:], shares[:, -1:]))
     slots, shares = (torch.cat(x, 1) for x in zip(*parts))
-    recon, masks, rgb = self.decode(SlotState(slots))
-    return Record(SlotState(slots), recon, masks, rearrange(shares, 'b t n (h w) -> b t n h w', h=h), None, {'slot_rgb': rgb})
+    recon, masks, extras = self.paint(SlotState(slots), video, generator)
+    return Record(SlotState(slots), recon, masks, rearrange(shares, 'b t n (h w) -> b t n h w', h=h), None, extras)
 
 PSB.predict, PSB.sliding = _predict, _sliding
 

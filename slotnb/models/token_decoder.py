@@ -170,7 +170,7 @@ class PaintsTokens:
     def __init__(self, config):
         grid = token_grid(config.size)
         super().__init__(config)
-        self.decoder, self.dvae = TokenDecoder(config, config.dim, grid, 2*len(config.invariance)), DVAE(config)
+        self.decoder, self.dvae = TokenDecoder(config, config.dim, grid, 2*len(getattr(config, 'invariance', ''))), DVAE(config)
 
     def make_decoder(self): return None
 
