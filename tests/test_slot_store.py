@@ -10,6 +10,7 @@ from slotnb.data.clips import Clip, ClipList, Loader, Subset, Windows
 from slotnb.data.shards import check_shards
 from slotnb.layers.slot_attention import SlotState
 from slotnb.models.autoencoder import AutoEncoder, AutoEncoderConfig
+from slotnb.models.psb import PSB, PSBConfig
 from slotnb.models.savi import SAVi, SAViConfig
 from slotnb.models.slot_store import SlotStore, WrongEncoderError, batch_slots, encode, encoder_fingerprint, extract_slots, slot_folder
 
@@ -67,6 +68,30 @@ def test_slots_are_the_models_own_and_the_model_is_left_as_it_was(tmp_path):
     assert model.training and not model.init._forward_hooks
     record = model.predict(clips(3)[1].video)
     torch.testing.assert_close(store[1].slots.content, record.slots.content[0])
+
+def psb(**more):
+    with seeded(0, 'init'): return PSB(PSBConfig(**{k: v for k, v in SMALL.items() if k != 'mlp'} | dict(position='linear', heads=2, blocks=2) | more)).eval()
+
+@pytest.mark.parametrize('init', ['learned', 'gaussian'])
+def test_slots_bound_in_parallel_are_stored_without_painting(tmp_path, monkeypatch, init):
+    model, data = psb(init=init), clips(5)
+    monkeypatch.setattr(PSB, 'decode', lambda *a: pytest.fail('painted'))
+    whole, pieces = (extract_slots(model, data, tmp_path/str(f), device='cpu', frames=f) for f in (256, 5)) # a frame of all clips at a time: the state goes on
+    monkeypatch.undo()
+    for i in range(5): torch.testing.assert_close(whole[i].slots.content, pieces[i].slots.content, atol=1e-4, rtol=1e-3)
+    if init == 'learned': torch.testing.assert_close(whole[2].slots.content, model.predict(data[2].video).slots.content[0], atol=1e-5, rtol=1e-4)
+    assert whole.spec['model'] == 'PSB' and whole.spec['code'] != extract_slots(savi(), data, tmp_path, device='cpu').spec['code']
+
+def test_a_model_with_a_binder_and_a_way_of_its_own_is_called_whole():
+    class Doubled(PSB):
+        def forward(self, *args, **kwargs):
+            record = super().forward(*args, **kwargs)
+            record.slots = record.slots.map(lambda v: 2*v)
+            return record
+    model, video = psb(init='learned'), clips(1)[0].video[None]/255
+    doubled = Doubled(model.config).eval()
+    doubled.load_state_dict(model.state_dict())
+    with torch.no_grad(): torch.testing.assert_close(encode(doubled, video)[0].content, 2*encode(model, video)[0].content)
 
 def test_conditioned_models_get_the_first_frames_labels(tmp_path):
     data = clips(3)

@@ -42,6 +42,8 @@ PRESETS['tiny_obj3d'] = PRESETS['obj3d'].but(name='tiny_obj3d', resting=(1, 3), 
 PRESETS['tiny_clevrer'] = PRESETS['clevrer'].but(name='tiny_clevrer', resting=(1, 2), launched=(1, 2), launch_frames=(0, 15), sizes=(.45, .55), speed=(2., 3.5), outside=(3.5, 4.5), friction=.05, **_near)
 # nothing can be found by its colour: patterns on all objects and the ground
 PRESETS['tiny_textured'] = PRESETS['tiny'].but(name='tiny_textured', textures=TEXTURES)
+# in the manner of MOVi-A: up to ten objects of two sizes, all of them moving, a camera that stands still
+PRESETS['movi_a'] = SceneConfig('movi_a', frames=24, resting=(0, 0), launched=(3, 10), launch_from='stage', launch_shapes=SHAPES, speed=(2., 5.), sizes=(.3, .55), stage=2.5, gap=.1, walls=3.2, friction=.12, bounce=.5, fps=12., camera_azimuth=(-30., 30.), camera_elevation=(35., 45.), fov=39.)
 
 # %% ../../nbs/10_data/35_scenes.ipynb #58332ba9
 @functools.cache

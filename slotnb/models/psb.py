@@ -192,7 +192,7 @@ def _paint(self,
 PSB.tokens, PSB.decode, PSB.paint = _tokens, _decode, _paint
 
 # %% ../../nbs/30_models/60_psb.ipynb #9b4af6e7
-def _bind(self,
+def _encode(self,
     video: Tensor, # (B, T, 3, H, W) in [0, 1]
     state: PSBState | None=None, # of the frames before, `None` at the beginning of a clip
     generator: torch.Generator | None=None, # for slots that are drawn
@@ -200,27 +200,27 @@ def _bind(self,
     *,
     slots: Tensor | None=None, # initial slots of one's own, (N, D) or (B, N, D): any number of them
     alive: Tensor | None=None, # (B, N) bool, False for slots that take no part
-) -> tuple[SlotState, Tensor, PSBState]: # slots (B, T, N, ...), shares of the tokens (B, T, N, h, w), and what continues the clip
-    "The slots of a clip without painting them."
+) -> tuple[SlotState, Tensor, PSBState, dict]: # slots (B, T, N, ...), shares of the tokens (B, T, N, h, w), what continues the clip, and extras of the record
+    "Slots of a clip, or of the next piece of one, unpainted."
     b = len(check_video(video, self.config.size))
     if state is not None and not (condition is None and slots is None and alive is None):
         raise ValueError('condition, slots and alive describe the beginning of a clip: give them without a state')
     tokens, (h, w) = self.tokens(video.flatten(0, 1))
     if state is None and slots is None: slots = self.init(b, generator, condition).content
     content, shares, state = self.binder(slots, rearrange(tokens, '(b t) l d -> b t l d', b=b), state=state, alive=alive)
-    return SlotState(content), rearrange(shares, 'b t n (h w) -> b t n h w', h=h), state
+    return SlotState(content), rearrange(shares, 'b t n (h w) -> b t n h w', h=h), state, {}
 
 def _forward(self,
-    video: Tensor, # these as in `bind`
+    video: Tensor, # these as in `encode`
     state: PSBState | None=None,
     generator: torch.Generator | None=None,
     condition: Tensor | None=None,
     **start, # slots, alive
 ) -> Record: # `record.state` continues the clip
     "Decompose a clip, or the next piece of one."
-    slots, shares, state = self.bind(video, state, generator, condition, **start)
-    recon, masks, extras = self.paint(slots, video, generator, *(() if state.alive is None else (state.alive,)))
-    return Record(slots, recon, masks, shares, state, extras)
+    slots, shares, state, extras = self.encode(video, state, generator, condition, **start)
+    recon, masks, painted = self.paint(slots, video, generator, *(() if state.alive is None else (state.alive,)))
+    return Record(slots, recon, masks, shares, state, {**painted, **extras})
 
 def _step(self,
     frame: Tensor, # (B, 3, H, W) in [0, 1]
@@ -231,7 +231,7 @@ def _step(self,
     "One frame at a time, for a camera or a robot."
     return self(frame.unsqueeze(1), state, generator, **kwargs)
 
-PSB.bind, PSB.forward, PSB.step = _bind, _forward, _step
+PSB.encode, PSB.forward, PSB.step = _encode, _forward, _step
 
 # %% ../../nbs/30_models/60_psb.ipynb #f6f331d7
 @torch.no_grad()
@@ -281,8 +281,8 @@ PSB.predict, PSB.sliding = _predict, _sliding
 # %% ../../nbs/30_models/60_psb.ipynb #f5c188e8
 PRESETS = {
     'smoke': PSBConfig.like(SAVI_PRESETS['smoke'], init='learned', blocks=2, heads=2),
-    'study': PSBConfig.like(SAVI_PRESETS['laptop'], init='learned', strides=(2, 2, 1), blocks=2),
-    'laptop': PSBConfig.like(SAVI_PRESETS['laptop'], init='learned'),
+    'study': PSBConfig.like(SAVI_PRESETS['laptop'], init='learned', history='frame', strides=(2, 2, 1), blocks=2),
+    'laptop': PSBConfig.like(SAVI_PRESETS['laptop'], init='learned', history='frame'),
     'published': PSBConfig(size=(128, 128), slots=11, dim=192, pixels='imagenet', channels=(192,)*4, token_mlp=(192, 192), eps=1e-5, dead_bias=True,
                            decoder='mixture', up_channels=(64, 64, 64), up_strides=(2, 2, 2, 2), up_kernels=(5, 5, 5, 5)),
 }

@@ -41,13 +41,17 @@ class WrongEncoderError(ValueError):
 
 # %% ../../nbs/30_models/38_slot_store.ipynb #da088395
 def encode(
-    model: nn.Module, # SAVi, AutoEncoder, or any model that gives a record
+    model: nn.Module, # SAVi, AutoEncoder, PSB, or any model that gives a record
     video: Tensor, # (B, T, 3, H, W) in [0, 1]
     state=None, # of the frames before
     condition: Tensor | None=None, # first-frame boxes or masks, for a conditioned model
 ) -> tuple[SlotState, object]: # slots (B, T, K, ...), and the state that continues the clip
     "The slots of a clip without painting them."
     b, forward = len(video), type(model).forward
+    first = [next((i for i, c in enumerate(type(model).__mro__) if name in vars(c)), math.inf) for name in ('encode', 'forward')]
+    if first[0] <= first[1]: # a model with an `encode` of its own, which no later `forward` goes around
+        slots, _, state, *_ = model.encode(video, state, None, condition)
+        return slots, state
     if forward not in (SAVi.forward, AutoEncoder.forward):
         record = model(video, state, **({} if condition is None else {'condition': condition}))
         return record.slots, record.state
@@ -119,8 +123,8 @@ def _write_slots(folder: Path, shard: int, clips: range, batch: int, dataset, en
 # %% ../../nbs/30_models/38_slot_store.ipynb #9f4aa90f
 def _spec(model, dataset, seed: int) -> dict:
     "Everything that decides the slots."
-    layers = [f'slotnb.layers.{k}' for k in ('slot_attention', 'convnets', 'positions')]
-    own = [c.__module__ for c in type(model).__mro__ if c.__module__.startswith('slotnb.models.')]
+    layers = [f'slotnb.layers.{k}' for k in ('slot_attention', 'convnets', 'positions', *(['competition'] if hasattr(model, 'binder') else []))]
+    own = [c.__module__ for m in (model, getattr(model, 'binder', None)) for c in type(m).__mro__ if c.__module__.startswith('slotnb.models.')]
     return dict(name=dataset.name, encoder=encoder_fingerprint(model), model=type(model).__name__, config=getattr(model, 'config', None) and model.config.to_dict(),
                 data=dataset.fingerprint, seed=seed, code=code_fingerprint(tuple(dict.fromkeys([*own, *layers]))))
 
@@ -135,7 +139,7 @@ def slot_folder(
     return (Path(root) if root else data_dir()/'slots')/f'{readable}-{fingerprint(_spec(model, dataset, seed))}'
 
 def extract_slots(
-    model: nn.Module, # SAVi, AutoEncoder, or any model that gives a record
+    model: nn.Module, # SAVi, AutoEncoder, PSB, or any model that gives a record
     dataset, # clips of the model's frame size
     root: str | Path='', # '': `data_dir()/slots`
     seed: int=0, # of initial slots that are drawn

@@ -27,10 +27,10 @@ class TokenPSB(PaintsTokens, PSB):
 
     def __init__(self, config: TokenPSBConfig=TokenPSBConfig()): super().__init__(config)
 
-    def bind(self, *args, alive=None, **kwargs):
+    def encode(self, *args, alive=None, **kwargs):
         "As PSB's, without unused slots."
         if alive is not None: raise ValueError('a decoder of words takes no alive slots: give as many slots as take part')
-        return super().bind(*args, **kwargs)
+        return super().encode(*args, **kwargs)
 
 _WORDS = {f.name for f in dataclasses.fields(TokenConfig)}
 PRESETS = {name: TokenPSBConfig(**PSBConfig.like(steve, init='learned', **more).to_dict(), **{k: v for k, v in steve.to_dict().items() if k in _WORDS})
