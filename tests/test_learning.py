@@ -8,10 +8,10 @@ papermill = pytest.importorskip('papermill')
 from slotnb.core import project_root
 
 
-def run(tmp_path, **parameters):
-    notebook = project_root()/'nbs'/'experiments'/'10_decomposition.ipynb'
-    papermill.execute_notebook(notebook, tmp_path/'out.ipynb', dict(runs_dir=str(tmp_path), run='test', compare='none', **parameters), progress_bar=False)
-    folder = tmp_path/'10_decomposition'/'test'
+def run(tmp_path, experiment='10_decomposition', **parameters):
+    if experiment == '10_decomposition': parameters['compare'] = 'none'
+    papermill.execute_notebook(project_root()/'nbs'/'experiments'/f'{experiment}.ipynb', tmp_path/'out.ipynb', dict(runs_dir=str(tmp_path), run='test', **parameters), progress_bar=False)
+    folder = tmp_path/experiment/'test'
     return json.loads((folder/'metrics.json').read_text()), json.loads((folder/'run.json').read_text())
 
 
@@ -31,3 +31,11 @@ def test_laptop_finds_the_objects(tmp_path):
     assert metrics['fg_ari.decoder.clip.n'] >= 200
     assert metrics['fg_ari.decoder.clip'] > 0.8
     assert metrics['fg_ari.decoder.clip'] > max(metrics['fg_ari.grid.clip'], metrics['fg_ari.colour.clip']) + 0.2
+
+
+@pytest.mark.slow
+def test_parallel_slots_find_the_objects(tmp_path):
+    "One seed of PSB on clips of six frames: at least five times below the mean image, objects found, and no spike or divergence on the way."
+    metrics, _ = run(tmp_path, '70_parallel_binding', preset='laptop', seed=0)
+    assert metrics['gain.val.run'] >= 5 and metrics['divergences.val.run'] == 0
+    assert metrics['fg_ari.decoder.clip'] > 0.65

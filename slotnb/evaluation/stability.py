@@ -56,7 +56,7 @@ def stability(
     level: float, # the mean image's loss on the same clips
     rise: float=0.2, # share above the best so far that makes a spike
     patience: int=5, least: float=0.05, # of the plateau
-    times: float=5., # below the mean image, to count as learned
+    times: float=2., # below the mean image, to count as learned
 ) -> Stability:
     "Count the spikes and divergences of a curve."
     losses, best = [float(v) for v in losses], _best(losses)
