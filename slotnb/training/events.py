@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'EventRecipe', 'event_recipe', 'event_model', 'event_material', 'wilson', 'under', 'Classified',
-           'classify', 'interleaved', 'ratio', 'step_of', 'restored', 'faded']
+           'classify', 'step_of', 'restored', 'faded']
 
 # %% ../../nbs/40_training/58_events.ipynb #f341dbc4
-import math, statistics, time
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from ..core import Config, generator, one_of, progress, seeded
+from ..core import Config, generator, one_of, seeded
 from ..data.clips import Loader, to_float
 from ..data.events import FPS, RATES, TASKS, EventConfig, Events, event_clips
 from ..layers.run_length import expand, pack
@@ -138,28 +138,6 @@ def classify(
     return Classified(*map(torch.cat, zip(*found)), math.prod(model.config.grid))
 
 # %% ../../nbs/40_training/58_events.ipynb #6b1856e3
-def interleaved(
-    forms: dict, # name -> callable
-    times: int, # repetitions
-    device='cpu', # what the callables run on
-    desc: str='', # of the progress bar
-) -> dict: # name -> seconds (times,)
-    "Time every form in every repetition, after one run of each that is not counted."
-    device = torch.device(device)
-    def clock():
-        if device.type == 'cuda': torch.cuda.synchronize(device)
-        return time.process_time() if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter()
-    taken = {name: [] for name in forms}
-    for step in forms.values(): step()
-    for _ in progress(range(times), desc or 'timing', unit='rep'):
-        for name, step in forms.items():
-            before = clock()
-            step()
-            taken[name].append(clock() - before)
-    return taken
-
-def ratio(taken: dict, of: str, to: str) -> float: return statistics.median(a/b for a, b in zip(taken[of], taken[to])) # within repetitions
-
 def step_of(
     model: VideoViT,
     video: Tensor, # (B, T, C, H, W) in [0, 1], on the model's device
