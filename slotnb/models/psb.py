@@ -282,7 +282,7 @@ PSB.predict, PSB.sliding = _predict, _sliding
 PRESETS = {
     'smoke': PSBConfig.like(SAVI_PRESETS['smoke'], init='learned', blocks=2, heads=2),
     'study': PSBConfig.like(SAVI_PRESETS['laptop'], init='gaussian', history='window:2', strides=(2, 2, 1), blocks=2),
-    'laptop': PSBConfig.like(SAVI_PRESETS['laptop'], init='gaussian', history='window:2'),
+    'laptop': PSBConfig.like(SAVI_PRESETS['laptop'], init='gaussian', history='window:4'),
     'published': PSBConfig(size=(128, 128), slots=11, dim=192, pixels='imagenet', channels=(192,)*4, token_mlp=(192, 192), eps=1e-5, dead_bias=True,
                            decoder='mixture', up_channels=(64, 64, 64), up_strides=(2, 2, 2, 2), up_kernels=(5, 5, 5, 5)),
 }
