@@ -41,7 +41,7 @@ class Stability:
     "What became of a curve."
     plateau: int | None # index of the measurement at which the descent ended; `None`: it did not, or not below the mean image
     spikes: int # stretches above (1 + rise) times the best so far, after the plateau
-    divergences: int # stretches that are not finite, or above the mean image after having been below it
+    divergences: int # stretches that are not finite, or above the mean image after having been below it, by more than a wobble
     highest: float # the largest loss after the plateau, as a multiple of the best before it; infinite where it is not finite
     diverged: bool # at the last measurement
     learned: bool # the best is far enough below the mean image
@@ -63,7 +63,7 @@ def stability(
     if not losses: raise ValueError('there is no measurement to judge')
     if not (math.isfinite(level) and level > 0): raise ValueError(f"level must be the mean image's loss, above 0, got {level}")
     start = plateau(losses, level, patience, least)
-    gone = [not math.isfinite(v) or (v > level and b < level) for v, b in zip(losses, best)]
+    gone = [not math.isfinite(v) or b < level < v > (1 + rise)*b for v, b in zip(losses, best)]
     over = [g or (start is not None and i > start and v > (1 + rise)*best[i]) for i, (v, g) in enumerate(zip(losses, gone))]
     after = [] if start is None else [v/b if math.isfinite(v) else math.inf for v, b in list(zip(losses, best))[start:]]
     gain = level/best[-1] if best[-1] > 0 else math.inf
