@@ -15,7 +15,7 @@ def by_hand(losses, level, rise=0.2, patience=5, least=0.05):
         if here and min(here) < level and min(v for v in losses[:i + patience + 1] if math.isfinite(v)) > (1 - least)*min(here): start = i; break
     best, spiking, gone, spikes, divergences = math.inf, False, False, 0, 0
     for i, v in enumerate(losses):
-        lost = not math.isfinite(v) or (v > level and best < level)
+        lost = not math.isfinite(v) or (v > level > best and v > (1 + rise)*best)
         if math.isfinite(v): best = min(best, v)
         high = lost or (start is not None and i > start and v > (1 + rise)*best)
         spikes, divergences = spikes + (high and not spiking), divergences + (lost and not gone)
@@ -56,6 +56,8 @@ def test_divergence_needs_something_to_lose():
     back = stability(CALM + [2, 0.1, 2], 1.)
     assert back.divergences == 2 and back.diverged and back.learned
     assert stability(CALM + [2, 0.1], 1.).diverged is False
+    assert stability([2, 0.99, 1.1, 0.98, 1.17] + CALM[2:], 1.).divergences == 0 # about the mean image, on the way down
+    assert stability([2, 0.99, 1.1, 0.98, 1.18] + CALM[2:], 1.).divergences == 1
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 def test_what_is_not_finite_is_a_divergence_and_no_best(bad):
