@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'WEIGHTS', 'CONFIG', 'CheckpointError', 'stored', 'write_tensors', 'read_tensors', 'save_weights',
-           'read_weights', 'differences', 'load_weights', 'shipped', 'Pretrained']
+           'read_about', 'read_weights', 'differences', 'load_weights', 'shipped', 'model_folder', 'Pretrained']
 
 # %% ../../nbs/20_layers/05_weights.ipynb #95330964
 import importlib.resources, json
@@ -82,17 +82,25 @@ def save_weights(
     write_json(folder/CONFIG, about)
     return folder
 
+def read_about(
+    folder: str | Path,
+) -> dict: # the description {class, config, slotnb, ...}
+    "What the model in a folder is, without its weights."
+    path = Path(folder)/CONFIG
+    if not path.is_file(): raise CheckpointError(f'{folder} holds no model: {CONFIG} is missing')
+    try: about = json.loads(path.read_text())
+    except ValueError as e: raise CheckpointError(f'{path} is not JSON: {e}') from None
+    for key in ('class', 'config'):
+        if key not in about: raise CheckpointError(f'{path} does not say "{key}"')
+    return about
+
 def read_weights(
     folder: str | Path,
 ) -> tuple[dict[str, Tensor], dict]: # state dict in fp32, and the description {class, config, slotnb, ...}
     "Read both files; `CheckpointError` when one is missing, damaged, or they do not belong together."
-    folder = Path(folder)
-    if not (folder/CONFIG).is_file(): raise CheckpointError(f'{folder} holds no model: {CONFIG} is missing')
-    try: about = json.loads((folder/CONFIG).read_text())
-    except ValueError as e: raise CheckpointError(f'{folder/CONFIG} is not JSON: {e}') from None
+    folder, about = Path(folder), read_about(folder)
     tensors, note = read_tensors(folder/WEIGHTS)
     for key in ('class', 'config'):
-        if key not in about: raise CheckpointError(f'{folder/CONFIG} does not say "{key}"')
         if key in note and note[key] != about[key]: raise CheckpointError(f'{folder}: {CONFIG} and {WEIGHTS} are not of one model (their "{key}" differs)')
     return {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()}, about
 
@@ -131,6 +139,15 @@ def shipped() -> dict[str, Path]: # name -> folder
     home = Path(str(importlib.resources.files('slotnb')))/'weights'
     return {p.parent.name: p.parent for p in sorted(home.glob(f'*/{CONFIG}'))}
 
+def model_folder(
+    folder_or_name: str | Path, # a folder written by `save_pretrained` or by training, or the name of a shipped model
+) -> Path:
+    "Where a stored model lies."
+    folder = Path(folder_or_name)
+    if folder.is_dir(): return folder
+    if not shipped(): raise ValueError(f'{folder} is not a folder, and no models ship with this installation')
+    return shipped()[one_of('model folder or shipped model', str(folder_or_name), shipped())]
+
 class Pretrained:
     "Mixin for an `nn.Module` built as `Class(config)`: `save_pretrained` and `from_pretrained`."
     config_class = None # set by the model: the Config its constructor takes
@@ -145,10 +162,7 @@ class Pretrained:
         device: str | torch.device='cpu',
     ):
         "The stored model in evaluation mode; `CheckpointError` says what does not fit."
-        folder = Path(folder_or_name)
-        if not folder.is_dir():
-            if not shipped(): raise ValueError(f'{folder} is not a folder, and no models ship with this installation')
-            folder = shipped()[one_of('model folder or shipped model', str(folder_or_name), shipped())]
+        folder = model_folder(folder_or_name)
         tensors, about = read_weights(folder)
         if about['class'] != cls.__name__: raise CheckpointError(f'{folder} holds a {about["class"]}, not a {cls.__name__}')
         try: config = cls.config_class.from_dict(about['config'])
