@@ -47,7 +47,18 @@ def binding_rows():
     return rows
 
 
-TABLES = {'70_parallel_binding': binding_rows}
+def binding_speed_rows():
+    "Tables of 71_binding_speed: PSB's speed over SAVi's by tokens and frames, and that of variants at 256 tokens."
+    (m,), rows = runs('71_binding_speed', 'study')[()].values(), []
+    ratio = lambda key: f"{m[key]:.2f} [{m[key + '.min']:.2f}, {m[key + '.max']:.2f}]"
+    for l in (64, 256, 1024):
+        for t in (6, 12, 24, 48, 96): rows.append(row(l, t, *(ratio(f'speedup.{part}.T{t}_L{l}') for part in ('binding', 'encoder', 'training_step')), f"{m[f'gflop.binding.psb.T{t}_L{l}']/m[f'gflop.binding.savi.T{t}_L{l}']:.1f}"))
+    for key, words in (('psb', 'PSB, all frames'), ('window', 'window of 6 frames'), ('own_frame', 'own frame'), ('one_block', 'one block'), ('chunks_of_one_frame', 'chunks of one frame'), ('direct', 'without chunks'), ('savi_two_passes', 'SAVi, two passes')):
+        rows.append(row(words, *(f"{m[f'speedup.variant.{key}.T{t}']:.2f}" for t in (6, 12, 24, 48, 96)), f"{m[f'memory_when_doubled.{key}']:.2f}"))
+    return rows
+
+
+TABLES = {'70_parallel_binding': binding_rows, '71_binding_speed': binding_speed_rows}
 SEEDS = {'70_parallel_binding': ('study', ('length', 'model'), {(0, 'psb'): 5, (0, 'savi'): 5, (12, 'psb'): 3, (12, 'savi'): 3})}
 
 
