@@ -58,8 +58,19 @@ def binding_speed_rows():
     return rows
 
 
-TABLES = {'70_parallel_binding': binding_rows, '71_binding_speed': binding_speed_rows}
-SEEDS = {'70_parallel_binding': ('study', ('length', 'model'), {(0, 'psb'): 5, (0, 'savi'): 5, (12, 'psb'): 3, (12, 'savi'): 3})}
+def run_length_rows():
+    "Table of 78_run_length; times are those taken in turns, in the processes that trained on run-length tokens."
+    rows, found = [], runs('78_run_length', 'study', 'policy')
+    timed = found['run_length',]
+    for (policy,), seeds in sorted(found.items()):
+        rows.append(row(f'`{policy}`', *(cell(seeds, f'accuracy.{k}.clip') for k in ('own', 'run_length', 'all')), cell(seeds, 'kept.own.clip', 2),
+                        cell(timed, f'seconds_epoch.{policy}.train', 1), *(cell(timed, f'speedup.{policy}.{k}', 2) for k in ('training', 'inference'))))
+    return rows
+
+
+TABLES = {'70_parallel_binding': binding_rows, '71_binding_speed': binding_speed_rows, '78_run_length': run_length_rows}
+SEEDS = {'70_parallel_binding': ('study', ('length', 'model'), {(0, 'psb'): 5, (0, 'savi'): 5, (12, 'psb'): 3, (12, 'savi'): 3}),
+         '78_run_length': ('study', ('policy',), {('all',): 3, ('run_length',): 3, ('random',): 3})}
 
 
 @pytest.mark.parametrize('experiment', TABLES)
@@ -88,6 +99,15 @@ def test_the_readme_quotes_parallel_binding():
     both = [cell(study[0, model], 'fg_ari.decoder.clip', 2) for model in ('savi', 'psb')]
     assert f"FG-ARI {both[0]} against {both[1]}" in text
     assert sum(m[k] for seeds in study.values() for m in seeds.values() for k in ('spikes.val.run', 'divergences.val.run')) == 0 and 'none of the 16 runs spikes or diverges' in text
+
+
+def test_the_readme_quotes_run_length_tokens():
+    text, found = re.sub(r'\s+', ' ', (ROOT/'README.md').read_text()), {policy: seeds for (policy,), seeds in runs('78_run_length', 'study', 'policy').items()}
+    mean = lambda policy, key: statistics.mean(m[key] for m in found[policy].values())
+    assert f"{mean('run_length', 'kept.own.clip'):.0%} of the tokens are left".replace('%', ' %') in text
+    assert f"training is {mean('run_length', 'speedup.run_length.training'):.1f} times as fast" in text
+    shares = [f"{mean(policy, 'accuracy.own.clip'):.2f}" for policy in ('run_length', 'all', 'random')]
+    assert f"accuracy is {shares[0]} with them, {shares[1]} with all tokens (which had not converged) and {shares[2]} with as many drawn at random" in text
 
 
 if __name__ == '__main__':
