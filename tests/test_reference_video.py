@@ -101,6 +101,12 @@ def test_the_readme_quotes_parallel_binding():
     assert sum(m[k] for seeds in study.values() for m in seeds.values() for k in ('spikes.val.run', 'divergences.val.run')) == 0 and 'none of the 16 runs spikes or diverges' in text
 
 
+def test_decomposition_quotes_the_textured_pair():
+    text, pair = (ROOT/'nbs'/'experiments'/'10_decomposition.ipynb').read_text(), [json.loads((ROOT/'runs'/'reference'/'10_decomposition'/f'textured-{d}-seed0'/'metrics.json').read_text()) for d in ('broadcast', 'words')]
+    key = lambda m, source: f"{m[f'fg_ari.{source}.frame']:.2f}"
+    assert f"FG-ARI of frames {key(pair[0], 'decoder')} and {key(pair[1], 'decoder')}, one seed (grid {key(pair[1], 'grid')})" in text
+
+
 def test_the_readme_quotes_run_length_tokens():
     text, found = re.sub(r'\s+', ' ', (ROOT/'README.md').read_text()), {policy: seeds for (policy,), seeds in runs('78_run_length', 'study', 'policy').items()}
     mean = lambda policy, key: statistics.mean(m[key] for m in found[policy].values())
